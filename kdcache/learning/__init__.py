@@ -1,0 +1,1 @@
+"""What knows about samples and networks: datasets, views, models, losses."""

@@ -1,0 +1,152 @@
+"""Model files: safetensors with the architecture in the metadata, or a `.pt` that holds tensors and nothing else."""
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from kdcache.learning.models import InputEnd, build_model, resolve_model_spec
+from kdcache.records.errors import CheckpointError, MismatchError
+from kdcache.records.specs import Spec
+from kdcache.store.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A network with its weights, and what identifies it."""
+
+    model: nn.Module
+    """In eval mode, on the CPU."""
+
+    spec: Spec
+    """The architecture, resolved."""
+
+    sha256: str
+    """Digest over the tensors by name; see `tensors_digest`."""
+
+    metadata: dict[str, str]
+    """What the file says of itself."""
+
+
+def tensors_digest(state: dict[str, Tensor]) -> str:
+    """sha256 over the tensors in the order of their names: name, dtype, shape and little-endian bytes of each.
+
+    The digest is the same whether the tensors came from safetensors or from a `.pt`.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def network_state(model: nn.Module) -> dict[str, Tensor]:
+    """The network's tensors by their own names, without kdcache's input end around it."""
+    body = model.body if isinstance(model, InputEnd) else model
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in body.state_dict().items()}
+
+
+def save_model(path: Path, model: nn.Module, *, spec: Spec, metadata: dict[str, str]) -> None:
+    """Writes a network atomically as safetensors.
+
+    Args:
+        path: The `.safetensors` file.
+        model: The network.
+        spec: Its resolved architecture, recorded under `arch`.
+        metadata: More to record; values are strings.
+    """
+    write_atomically(path, save(network_state(model), metadata={**metadata, "arch": str(spec)}))
+
+
+def load_model(
+    path: Path, *, num_classes: int, image_shape: tuple[int, int, int], arch: Spec | None = None
+) -> LoadedModel:
+    """Reads a model file and builds its network. Never executes anything from the file.
+
+    Args:
+        path: `.safetensors`, or `.pt`/`.pth` holding a state dict or `{"arch": …, "state_dict": …}`.
+        num_classes: Classes of the dataset that the network will see.
+        image_shape: Channels, height and width of one view.
+        arch: The architecture, where the file does not say it, or to overrule the file.
+
+    Raises:
+        CheckpointError: No such file, not a model file, a pickle that would run code, no architecture, or weights that
+            do not fit the architecture (the first differing names are listed).
+        MismatchError: The network has another number of classes than the dataset.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no model file at {path}; `kdcache fit --out {path}` would make one")
+    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if arch is None and "arch" not in metadata:
+        raise CheckpointError(
+            f"{path} holds weights but does not say of which network; add --arch SPEC, such as --arch torchvision:resnet18"
+        )
+    spec = arch if arch is not None else Spec.parse(metadata["arch"])
+    _check_class_count(path, spec, num_classes)
+    spec = resolve_model_spec(spec, num_classes=num_classes, image_shape=image_shape)
+    model = build_model(spec, trusted=arch is not None)
+    _load_state(path, model, state, spec)
+    return LoadedModel(model=model.eval(), spec=spec, sha256=tensors_digest(state), metadata=metadata)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is a pickle that holds more than tensors, and loading it could run code, so it is refused. Save the"
+            " weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file(model.state_dict(), FILE)"
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path} is neither safetensors nor a PyTorch file, or it is cut short: {error}") from error
+    metadata = {}
+    if isinstance(content, dict) and "state_dict" in content:
+        if isinstance(content.get("arch"), str):
+            metadata["arch"] = content["arch"]
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(item, Tensor) for item in content.values()):
+        raise CheckpointError(
+            f"{path}: expected a state dict or {{'arch': SPEC, 'state_dict': …}}, found {type(content).__name__} without tensors"
+        )
+    return {str(name): tensor for name, tensor in content.items()}, metadata
+
+
+def _check_class_count(path: Path, spec: Spec, num_classes: int) -> None:
+    found = spec.options.get("num_classes", num_classes)
+    if found != num_classes:
+        raise MismatchError(f"{path} tells {found} classes apart, the dataset has {num_classes}; choose one that fits the other")
+
+
+def _load_state(path: Path, model: nn.Module, state: dict[str, Tensor], spec: Spec) -> None:
+    body = model.body if isinstance(model, InputEnd) else model
+    expected = body.state_dict()
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    wrong = [
+        f"{name}: file {list(state[name].shape)}, network {list(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or wrong:
+        lines = [f"the weights in {path} do not fit the architecture {spec}; give the right one with --arch SPEC"]
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", wrong)):
+            if names:
+                more = f" … and {len(names) - 3} more" if len(names) > 3 else ""
+                lines.append(f"{title} ({len(names)}): {', '.join(names[:3])}{more}")
+        raise CheckpointError("\n  ".join(lines))
+    body.load_state_dict(state)

@@ -1,0 +1,128 @@
+"""Losses over sparse soft targets: plain functions of (student logits, SoftTargets).
+
+Notation: p the teacher's and q the student's probabilities at temperature T, K the kept classes, C the class count,
+m = 1 - Σ_K p the teacher's mass outside K.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from kdcache.records.errors import ConfigError
+from kdcache.targets.soft_targets import SoftTargets, check_temperature
+
+Tail = Literal["bucket", "uniform", "renormalize"]
+TAILS: tuple[Tail, ...] = get_args(Tail)
+
+
+def kd_loss(
+    student_logits: Float[Tensor, "*batch classes"], soft: SoftTargets, *, temperature: float = 4.0, tail: Tail = "bucket"
+) -> Float[Tensor, ""]:
+    """T² · KL(p ‖ q), the mean over records, in nats.
+
+    When the targets keep every class, this is exactly the loss from the full logits. Otherwise the tail policy says what
+    stands for the classes that were not kept:
+
+    - `bucket`: all of them are one class, for teacher and student. The loss is smaller than the full one by
+      m · KL(p given tail ‖ q given tail), and the gradient by the student's logits differs from the full one by at most
+      2 · m · T in the sum of absolute values over classes.
+    - `uniform`: each gets m / (C - |K|). The same bound holds for the gradient.
+    - `renormalize`: they get nothing and the kept ones are scaled to one. Biased: the student learns to put no mass there.
+
+    Args:
+        student_logits: The student's output.
+        soft: The teacher's.
+        temperature: T. Any positive number; the targets know their tail at the declared ones exactly.
+        tail: The policy.
+
+    Raises:
+        ConfigError: Unknown policy, or a temperature that is not positive.
+        ValueError: The student has another number of classes than the teacher.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2 (the factor T² keeps the
+        gradient's size); bucket: as `add_tail_bucket` in sparse distillation practice; uniform: Shen and Xing, A Fast
+        Knowledge Distillation Framework (FKD), arXiv 2112.01528, label smoothing variant.
+    """
+    check_temperature(temperature)
+    if student_logits.shape[-1] != soft.num_classes:
+        raise ValueError(f"the student gives {student_logits.shape[-1]} logits, the teacher's targets have {soft.num_classes} classes")
+    if tail not in TAILS:
+        raise ConfigError(f"unknown tail policy {tail!r}; expected one of: {', '.join(TAILS)}")
+    log_q = (student_logits / temperature).log_softmax(dim=-1)
+    p, mass = soft.probs_at(temperature)
+    log_q_kept = log_q if soft.index is None else log_q.gather(-1, soft.index)
+    if soft.keeps_all or tail == "renormalize":
+        p = p / p.sum(dim=-1, keepdim=True)
+        divergence = _kl_terms(p, log_q_kept)
+    elif tail == "bucket":
+        assert soft.index is not None
+        log_q_tail = log_q.scatter(-1, soft.index, -torch.inf).logsumexp(dim=-1)
+        divergence = _kl_terms(p, log_q_kept) + torch.xlogy(mass, mass) - mass * log_q_tail
+    else:
+        rest = soft.num_classes - p.shape[-1]
+        mean_log_q_rest = (log_q.sum(dim=-1) - log_q_kept.sum(dim=-1)) / rest
+        divergence = _kl_terms(p, log_q_kept) + torch.xlogy(mass, mass / rest) - mass * mean_log_q_rest
+    return temperature**2 * divergence.mean()
+
+
+def hard_label_loss(student_logits: Float[Tensor, "*batch classes"], soft: SoftTargets) -> Float[Tensor, ""]:
+    """Cross-entropy with the teacher's most probable class, the mean over records, in nats.
+
+    Source: hard-label distillation, Touvron et al., DeiT, arXiv 2012.12877, equation 3.
+    """
+    return F.cross_entropy(student_logits.flatten(0, -2), soft.top1.flatten())
+
+
+def distillation_loss(
+    student_logits: Float[Tensor, "*batch classes"],
+    soft: SoftTargets,
+    labels: Int64[Tensor, "*batch"],
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+    hard: float = 0.0,
+    tail: Tail = "bucket",
+) -> Float[Tensor, ""]:
+    """alpha · KD + hard · CE(teacher's top class) + (1 - alpha - hard) · CE(label), the mean over records, in nats.
+
+    Args:
+        student_logits: The student's output.
+        soft: The teacher's.
+        labels: The dataset's own labels.
+        temperature: T of the KD term.
+        alpha: Weight of the KD term, in [0, 1].
+        hard: Weight of the teacher's hard label; alpha + hard is at most 1.
+        tail: Tail policy of the KD term; see `kd_loss`.
+
+    Raises:
+        ConfigError: The weights do not lie in [0, 1].
+
+    Source: Hinton et al., arXiv 1503.02531, section 2.
+    """
+    check_weights(alpha, hard)
+    loss = student_logits.new_zeros(())
+    if alpha > 0:
+        loss = loss + alpha * kd_loss(student_logits, soft, temperature=temperature, tail=tail)
+    if hard > 0:
+        loss = loss + hard * hard_label_loss(student_logits, soft)
+    if alpha + hard < 1:
+        loss = loss + (1 - alpha - hard) * F.cross_entropy(student_logits.flatten(0, -2), labels.flatten())
+    return loss
+
+
+def check_weights(alpha: float, hard: float) -> None:
+    """Refuses weights of the loss terms that are not a mixture.
+
+    Raises:
+        ConfigError: A weight or their sum is outside [0, 1].
+    """
+    if not (0 <= alpha <= 1 and 0 <= hard <= 1 and alpha + hard <= 1):
+        raise ConfigError(f"expected weights in [0, 1] that add up to at most 1, found alpha={alpha} and hard={hard}")
+
+
+def _kl_terms(p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (log p - log q) over the last axis; zero where p is zero."""
+    return (torch.xlogy(p, p) - p * log_q).sum(dim=-1)

@@ -1,0 +1,320 @@
+"""The records of a cache: recipe, block grid, manifest. These dataclasses are the format's documentation."""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+from kdcache.records.errors import FormatError, IntegrityError
+from kdcache.records.hashing import canonical_json, sha256
+from kdcache.records.jsonrecord import from_json, to_json
+
+FORMAT_VERSION = "1.0"
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherRecord:
+    """Which teacher."""
+
+    spec: str
+    """Architecture, resolved."""
+    sha256: str
+    """Digest over the tensors by name."""
+    num_classes: int
+    """Length of the logits' class axis."""
+    precision: str
+    """Arithmetic of the forward pass: `float32` or `bfloat16`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetRecord:
+    """Which samples, in which order."""
+
+    spec: str
+    """The dataset's spec without what says where it lies."""
+    num_samples: int
+    """How many samples it has."""
+    sha256: str
+    """Digest over the sample keys in order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewsRecord:
+    """How view `v` of a sample is made; the number of views is coverage, not recipe."""
+
+    pipeline: tuple[dict[str, Any], ...]
+    """Operations of torchvision.transforms.v2 in order: `{"op": NAME, argument: value, …}`."""
+    seed: int
+    """Seed of every random choice."""
+    versions: dict[str, str]
+    """Versions of the libraries that decide about pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that determines the numbers in a cache."""
+
+    teacher: TeacherRecord
+    """Which teacher."""
+    dataset: DatasetRecord
+    """Which samples."""
+    views: ViewsRecord
+    """What the teacher sees of them."""
+    codec: str
+    """What is kept of its logits: the codec's spec, resolved."""
+
+    @property
+    def key(self) -> str:
+        """The recipe key: known before any GPU work; equal keys mean interchangeable caches."""
+        return sha256(canonical_json(to_json(self)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """The unit of work: a range of samples × a range of consecutive views, computed by one worker."""
+
+    sample_block: int
+    """Index of the sample range, which is the chunk index along the sample axis."""
+    samples: tuple[int, int]
+    """First row and the row after the last."""
+    views: tuple[int, int]
+    """First view and the view after the last."""
+
+    @property
+    def id(self) -> str:
+        """A short name, such as `s00002.v0000-0004`."""
+        return f"s{self.sample_block:05d}.v{self.views[0]:04d}-{self.views[1]:04d}"
+
+    @property
+    def num_rows(self) -> int:
+        """How many records the block holds."""
+        return (self.samples[1] - self.samples[0]) * (self.views[1] - self.views[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockGrid:
+    """How the work, and with it every array, is cut."""
+
+    num_samples: int
+    """Length of the sample axis."""
+    num_views: int
+    """Length of the view axis."""
+    block_samples: int
+    """Samples in a chunk file (the last one of an axis is padded with the fill value)."""
+    block_views: int
+    """Views that are made from one decoded sample; each has chunk files of its own."""
+
+    @property
+    def num_sample_blocks(self) -> int:
+        """Chunks along the sample axis."""
+        return -(-self.num_samples // self.block_samples)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks, sample range by sample range."""
+        return tuple(
+            Block(
+                sample_block=index,
+                samples=(index * self.block_samples, min((index + 1) * self.block_samples, self.num_samples)),
+                views=(view, min(view + self.block_views, self.num_views)),
+            )
+            for index in range(self.num_sample_blocks)
+            for view in range(0, self.num_views, self.block_views)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldRecord:
+    """One array of the store, axes (view, sample, *inner); `label` and `key` have no view axis."""
+
+    name: str
+    """Path in the store, such as `logits/index`."""
+    dtype: str
+    """A Zarr v3 data type: `uint8`, `uint16`, `uint32`, `int64`, `float16`, `float32`."""
+    inner: tuple[int, ...]
+    """Lengths of the axes after the sample axis."""
+    inner_names: tuple[str, ...]
+    """Their names."""
+    per_view: bool = True
+    """Whether the first axis is the view."""
+    fill_value: int | float | str = 0
+    """A value that no record holds, so that a missing chunk never reads as data; `NaN` for floats."""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """What is needed to decode: quantiser, temperatures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One file of the store."""
+
+    path: str
+    """Relative to the cache's directory, with forward slashes."""
+    size_bytes: int
+    """Exact length."""
+    sha256: str
+    """Digest of the whole file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockRecord:
+    """A finished block. It is written after the block's files are on the disk: its presence is the mark."""
+
+    block: Block
+    """Which block."""
+    files: tuple[FileRecord, ...]
+    """Its chunk files, by field and view."""
+    totals: dict[str, float]
+    """Sums over the block's records, from which the manifest's statistics are made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statistics:
+    """What the stored labels look like."""
+
+    teacher_accuracy: float
+    """Share of stored records whose largest logit is at the dataset's label."""
+    retained_mass: dict[str, float]
+    """Mean probability mass of the kept classes, by temperature."""
+    class_counts: tuple[int, ...]
+    """Samples by label."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """The digest of one fully transformed input, recomputed before training."""
+
+    row: int
+    """Row of the sample."""
+    view: int
+    """Number of the view."""
+    sha256: str
+    """Digest of the view's pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Where a cache comes from. Not part of the recipe: it does not change the numbers."""
+
+    created: str
+    """UTC, ISO 8601; from SOURCE_DATE_EPOCH where that is set."""
+    created_by: str
+    """User name."""
+    command: str
+    """What was typed."""
+    device: str
+    """What the teacher ran on."""
+    batch_size: int
+    """Samples in a forward pass."""
+    versions: dict[str, str]
+    """Python and the libraries."""
+    teacher_file: str
+    """Where the teacher's weights were."""
+    dataset_spec: str
+    """The dataset's spec with its location, as training opens it by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.json`: written last, so its presence means that the cache is complete."""
+
+    format_version: str
+    """Major.minor. A reader refuses another major version and keeps unknown keys of a later minor one."""
+    recipe: Recipe
+    """What determines the numbers."""
+    recipe_key: str
+    """Digest of the recipe."""
+    grid: BlockGrid
+    """How the arrays are cut."""
+    fields: tuple[FieldRecord, ...]
+    """All arrays."""
+    statistics: Statistics
+    """Accuracy, retained mass, class counts."""
+    probes: tuple[Probe, ...]
+    """Digests of a few transformed inputs."""
+    provenance: Provenance
+    """Who, when, with what."""
+    license: str | None
+    """The licence under which the labels are shared; None when nobody said."""
+    metadata_files: tuple[FileRecord, ...]
+    """Files that belong to no block: Zarr metadata, sample keys, labels."""
+    blocks: tuple[BlockRecord, ...]
+    """Every block with its files: the truth about what is present."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Top-level keys that this version does not know."""
+
+    @cached_property
+    def files(self) -> tuple[FileRecord, ...]:
+        """Every file but the manifest itself."""
+        return (*self.metadata_files, *(file for block in self.blocks for file in block.files))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(file.size_bytes for file in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The file's content: indented JSON whose `digest` covers everything else."""
+        document = to_json(self)
+        document |= document.pop("extra")
+        document["digest"] = sha256(canonical_json(document))
+        return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> Self:
+        """Reads and checks a manifest.
+
+        Args:
+            data: The file's content.
+            where: Its path, for messages.
+
+        Raises:
+            FormatError: It is of another major version, or has not the form of a manifest.
+            IntegrityError: It was changed or damaged after it was written.
+        """
+        document = _parse_object(data, where)
+        version = document.get("format_version")
+        if not isinstance(version, str) or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+            raise FormatError(f"{where}: expected format {FORMAT_VERSION.split('.')[0]}.x, found {version!r}; a newer kdcache may read it")
+        digest = document.pop("digest", None)
+        if digest != sha256(canonical_json(document)):
+            raise IntegrityError(f"{where} is damaged or was edited: its digest does not match; pull or dump the cache again")
+        known = {name: document.pop(name) for name in cls.__dataclass_fields__ if name != "extra" and name in document}
+        recipe_key = sha256(canonical_json(known.get("recipe")))
+        manifest = from_json(cls, {**known, "extra": document}, where=where)
+        if manifest.recipe_key != recipe_key:
+            raise IntegrityError(f"{where}: the recipe key is {manifest.recipe_key}, but the recipe's digest is {recipe_key}")
+        return manifest
+
+
+def recipe_differences(found: object, wanted: object) -> list[str]:
+    """The leaves in which two records differ, as `field: found → wanted` lines."""
+    before, after = _leaves(to_json(found)), _leaves(to_json(wanted))
+    names = sorted(before.keys() | after.keys())
+    return [
+        f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _leaves(document: Any, path: str = "") -> dict[str, str]:
+    if isinstance(document, dict):
+        children = document.items()
+    elif isinstance(document, list):
+        children = enumerate(document)
+    else:
+        return {path: json.dumps(document, ensure_ascii=False)}
+    leaves: dict[str, str] = {}
+    for key, value in children:
+        leaves |= _leaves(value, f"{path}.{key}" if path else str(key))
+    return leaves
+
+
+def _parse_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{where} is damaged: not valid JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{where}: expected a JSON object, found {type(document).__name__}")
+    return document

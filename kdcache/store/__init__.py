@@ -1,0 +1,1 @@
+"""What knows about files: atomic writes, the block ledger, the Zarr backend, the reader. No torch."""

@@ -1,0 +1,64 @@
+"""Files that are either whole or not there, and a lock that dies with its process."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdcache.records.errors import CacheBusyError
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file so that any reader, even after a power cut, sees all of `data` or what was there before.
+
+    Temporary file, fsync, rename, fsync of the directory.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and removals inside a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def exclusive_lock(path: Path, *, holder: str) -> Iterator[None]:
+    """Holds a lock file while the body runs; the kernel frees it when the process dies, however it dies.
+
+    Args:
+        path: The lock file; made if need be.
+        holder: What the lock is for, for the message of the one who comes second.
+
+    Raises:
+        CacheBusyError: Another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise CacheBusyError(f"{holder} is already running there (process {pid}, lock {path}); wait for it or stop it") from error
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            break
+        os.close(descriptor)  # the holder before us removed the file between our open and our lock
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

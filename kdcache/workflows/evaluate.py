@@ -1,0 +1,135 @@
+"""`kdcache evaluate`: how good a network is, and how like its teacher."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error, multiclass_recall
+
+from kdcache.learning.checkpoints import LoadedModel, load_model
+from kdcache.learning.datasets import Dataset, open_dataset
+from kdcache.learning.loader import to_unit_range
+from kdcache.records.errors import ConfigError, MismatchError
+from kdcache.records.progress import Progress, Silent
+from kdcache.records.specs import Spec
+from kdcache.workflows.devices import resolve_device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Numbers in [0, 1] unless said otherwise."""
+
+    top1: float
+    """Share of samples whose largest logit is at the label."""
+    top5: float
+    """Share of samples whose label is among the five largest logits (or all, for fewer classes)."""
+    recall: float
+    """Mean over classes of the share of its samples that are found (macro recall)."""
+    calibration_error: float
+    """Expected calibration error, 15 bins, L1. Source: Guo et al., arXiv 1706.04599, equation 3."""
+    agreement: float | None
+    """Share of samples on which network and teacher have the same largest logit; None without a teacher."""
+    num_parameters: int
+    """Trainable numbers of the network."""
+    num_samples: int
+    """How many samples were seen."""
+
+
+def evaluate(
+    model: Path,
+    data: str,
+    *,
+    arch: str | None = None,
+    teacher: Path | None = None,
+    teacher_arch: str | None = None,
+    batch_size: int = 256,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluates a model file on a dataset.
+
+    Args:
+        model: The model file.
+        data: Dataset spec, such as `fashion-mini,split=test`.
+        arch: The model's architecture where its file does not say it.
+        teacher: A second model file, for the agreement; None for none.
+        teacher_arch: The teacher's architecture where its file does not say it.
+        batch_size: Samples in a forward pass.
+        device: `auto`, `cpu`, `cuda`, …
+        progress: Told how far it is.
+
+    Raises:
+        SpecError: No such dataset.
+        CheckpointError: A file cannot be loaded; see `load_model`.
+        MismatchError: Model and dataset have different class counts.
+    """
+    dataset = open_dataset(Spec.parse(data), trusted=True)
+    torch_device = resolve_device(device)
+    teacher_logits = None
+    if teacher is not None:
+        loaded = load_for(dataset, teacher, arch=teacher_arch)
+        teacher_logits, _ = predict(loaded.model, dataset, batch_size=batch_size, device=torch_device, name="teacher", progress=progress)
+    student = load_for(dataset, model, arch=arch).model
+    logits, labels = predict(student, dataset, batch_size=batch_size, device=torch_device, name="evaluate", progress=progress)
+    return measure(student, logits, labels, teacher_logits=teacher_logits)
+
+
+def load_for(dataset: Dataset, path: Path, *, arch: str | None) -> LoadedModel:
+    """Loads a model file for a dataset's classes and images."""
+    spec = None if arch is None else Spec.parse(arch)
+    return load_model(path, num_classes=dataset.num_classes, image_shape=dataset.image_shape, arch=spec)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    device: torch.device,
+    name: str = "evaluate",
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "samples classes"], Int64[Tensor, "samples"]]:
+    """Logits of the samples as they are, in order, and their labels; both on the CPU."""
+    if batch_size < 1:
+        raise ConfigError(f"expected a positive batch size, found {batch_size}")
+    was_training = model.training
+    model.eval().to(device)
+    logits, labels = [], []
+    with (progress or Silent()).stage(name, total=len(dataset), unit="samples") as advance:
+        for images, batch_labels in DataLoader(dataset, batch_size=batch_size):  # type: ignore[arg-type]
+            logits.append(model(to_unit_range(images, device)).float().cpu())
+            labels.append(batch_labels)
+            advance(len(batch_labels))
+    model.train(was_training)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def measure(
+    model: nn.Module,
+    logits: Float[Tensor, "samples classes"],
+    labels: Int64[Tensor, "samples"],
+    *,
+    teacher_logits: Float[Tensor, "samples classes"] | None = None,
+) -> Evaluation:
+    """The numbers of an evaluation from logits.
+
+    Raises:
+        MismatchError: The model gives fewer classes than the labels need.
+    """
+    num_classes = logits.shape[-1]
+    if int(labels.max()) >= num_classes:
+        raise MismatchError(f"the model gives {num_classes} classes, the dataset has the label {int(labels.max())}")
+    agreement = None if teacher_logits is None else (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()
+    return Evaluation(
+        top1=multiclass_accuracy(logits, labels, num_classes, average="micro").item(),
+        top5=multiclass_accuracy(logits, labels, num_classes, average="micro", top_k=min(5, num_classes)).item(),
+        recall=multiclass_recall(logits, labels, num_classes, average="macro").item(),
+        calibration_error=multiclass_calibration_error(logits, labels, num_classes, n_bins=15, norm="l1").item(),
+        agreement=agreement,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        num_samples=len(labels),
+    )
