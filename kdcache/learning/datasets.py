@@ -200,7 +200,7 @@ def _open_torchvision(spec: Spec) -> object:
     try:
         return dataset(**spec.options)
     except (RuntimeError, FileNotFoundError) as error:
-        raise SpecError(f"{spec}: {error} On a machine with a network: {spec.with_options(download=True)}") from error
+        raise SpecError(f"{spec}: {str(error).rstrip('.')}. On a machine with a network: {spec.with_options(download=True)}") from error
     except (TypeError, ValueError) as error:
         raise SpecError(f"{spec}: {error}") from error
 

@@ -1,0 +1,165 @@
+"""A cache as training sees it: soft targets for a dataset's samples, joined on their keys, and the views that belong to them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.learning.datasets import Dataset, MapDataset, wrap_dataset
+from kdcache.learning.loader import Gather, ViewLoader
+from kdcache.learning.views import SeededViews, library_versions
+from kdcache.records.errors import FormatError, MismatchError
+from kdcache.records.hashing import sha256
+from kdcache.records.manifest import Manifest, Probe
+from kdcache.records.specs import Spec
+from kdcache.store.reader import CacheReader
+from kdcache.targets.codecs import make_codec
+from kdcache.targets.soft_targets import SoftTargets
+
+NUM_PROBES = 8
+
+
+class Cache:
+    """A complete cache, opened for training. The teacher is not needed.
+
+    Args:
+        path: The cache's directory.
+
+    Raises:
+        CacheNotFoundError: There is no cache.
+        IncompleteCacheError: A dump was begun there and is not finished.
+        FormatError: Unknown version or codec.
+        IntegrityError: The manifest is damaged; other files are verified when they are first used.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.reader = CacheReader(Path(path))
+        recipe = self.manifest.recipe
+        self.codec = make_codec(Spec.parse(recipe.codec), num_classes=recipe.teacher.num_classes)
+        expected = {field.name: field for field in self.codec.fields(())}
+        self._fields = list(expected)
+        for name in self._fields:
+            if self.reader.field(name).dtype != expected[name].dtype:
+                raise FormatError(f"{path}: the codec {recipe.codec} expects {name} as {expected[name].dtype}, found {self.reader.field(name).dtype}")
+        self.views = SeededViews(recipe.views)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache says of itself."""
+        return self.reader.manifest
+
+    @property
+    def num_views(self) -> int:
+        """Views of each sample."""
+        return self.manifest.grid.num_views
+
+    def soft_targets(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> SoftTargets:
+        """The teacher's answers to (row, view) pairs, by the rows of the cache; both arrays are [records]."""
+        arrays = self.reader.gather(self._fields, rows, views)
+        return self.codec.decode({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def join(self, dataset: Dataset) -> Gather:
+        """Soft targets by the dataset's own rows, whatever its order and however small a part of the cached set it is.
+
+        Raises:
+            MismatchError: Samples are not in the cache (changed or added; the first are named), or the class counts differ.
+        """
+        teacher_classes = self.manifest.recipe.teacher.num_classes
+        if dataset.num_classes > teacher_classes:
+            raise MismatchError(f"the dataset has {dataset.num_classes} classes, the cached teacher {teacher_classes}")
+        rows = self._rows_of(dataset)
+        return lambda dataset_rows, views: self.soft_targets(rows[dataset_rows], views)
+
+    def batches(
+        self,
+        dataset: Dataset | MapDataset,
+        *,
+        batch_size: int = 128,
+        epochs: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        device: torch.device | None = None,
+    ) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int64[Tensor, "batch"], SoftTargets]]:
+        """Shuffled `(x, y, soft)` batches: the views that the teacher saw, the labels, the teacher's answers to these views.
+
+        Args:
+            dataset: The samples that were dumped, in any order, or some of them: (image, label) pairs before any random
+                transform.
+            batch_size: Samples in a batch; the last one of an epoch may be smaller.
+            epochs: Passes over the samples; epoch `e` shows view `e mod num_views`.
+            seed: Seed of the order.
+            num_workers: Processes that decode and augment; 0 for none but this one.
+            device: Where batches go; None for the CPU.
+
+        Raises:
+            MismatchError: Samples are not in the cache, or their views would not be the ones that the teacher saw.
+        """
+        data = dataset if isinstance(dataset, Dataset) else wrap_dataset(dataset, num_classes=self.manifest.recipe.teacher.num_classes)
+        gather = self.join(data)
+        self.check_probes(data)
+        loader = ViewLoader(
+            data, self.views, batch_size=batch_size, seed=seed, num_views=self.num_views, gather=gather,
+            num_workers=num_workers, device=device,
+        )  # fmt: skip
+        for epoch in range(epochs):
+            for batch in loader.epoch(epoch):
+                assert batch.soft is not None
+                yield batch.images, batch.labels, batch.soft
+
+    def check_probes(self, dataset: Dataset) -> None:
+        """Recomputes a few views and compares their pixels with those that the teacher saw.
+
+        Samples that are not in the dataset are passed over.
+
+        Raises:
+            MismatchError: Pixels differ: another library version or another decoder.
+        """
+        row_of_key = {key.tobytes(): row for row, key in enumerate(dataset.keys)}
+        keys = self.reader.sample_field("key")
+        for probe in self.manifest.probes:
+            row = row_of_key.get(keys[probe.row].tobytes())
+            if row is not None and probe_view(dataset, self.views, row, probe.view) != probe.sha256:
+                raise MismatchError(
+                    f"view {probe.view} of sample {row} has other pixels than the teacher saw. The cache was made with"
+                    f" {self.manifest.recipe.views.versions}, here are {library_versions()}; install those versions, dump"
+                    " again, or accept labels that belong to other pixels: --allow-changed-pixels"
+                )
+
+    def _rows_of(self, dataset: Dataset) -> NDArray[np.int64]:
+        """The cache's row of each of the dataset's samples, [samples]."""
+        cached = _sortable(self.reader.sample_field("key"))
+        wanted = _sortable(dataset.keys)
+        order = np.argsort(cached, kind="stable")
+        places = np.searchsorted(cached, wanted, sorter=order).clip(max=len(cached) - 1)
+        rows = order[places]
+        absent = np.flatnonzero(cached[rows] != wanted)
+        if len(absent):
+            first = ", ".join(f"row {row} (key {dataset.keys[row].tobytes().hex()})" for row in absent[:3])
+            raise MismatchError(
+                f"{len(absent)} of {len(dataset)} samples are not in the cache: {first}{', …' if len(absent) > 3 else ''}."
+                f" It was made from {self.manifest.recipe.dataset.spec} with {self.manifest.recipe.dataset.num_samples} samples;"
+                " give that dataset with --data, or dump this one"
+            )
+        return rows.astype(np.int64)
+
+
+def make_probes(dataset: Dataset, views: SeededViews, *, num_views: int) -> tuple[Probe, ...]:
+    """Digests of a few views, spread over samples and views."""
+    count = min(NUM_PROBES, len(dataset) * num_views)
+    places = [(i * (len(dataset) - 1) // max(count - 1, 1), i % num_views) for i in range(count)]
+    return tuple(Probe(row=row, view=view, sha256=probe_view(dataset, views, row, view)) for row, view in places)
+
+
+def probe_view(dataset: Dataset, views: SeededViews, row: int, view: int) -> str:
+    """The digest of one view's shape and pixels."""
+    image = views(dataset[row][0], dataset.keys[row].tobytes(), view)
+    return sha256(repr((str(image.dtype), tuple(image.shape))).encode() + image.contiguous().numpy().tobytes())
+
+
+def _sortable(keys: NDArray[np.uint8]) -> NDArray[np.void]:
+    """[samples, 16] bytes as [samples] comparable items."""
+    return np.ascontiguousarray(keys).view(np.dtype((np.bytes_, keys.shape[1]))).ravel()

@@ -1,0 +1,202 @@
+"""`kdcache train`, stage two: any number of students from one cache. The teacher is never loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from kdcache.learning.cache import Cache
+from kdcache.learning.datasets import Dataset, open_dataset
+from kdcache.learning.loader import Batch, ViewLoader
+from kdcache.learning.losses import Tail, check_weights, distillation_loss
+from kdcache.learning.models import resolve_model_spec
+from kdcache.records.errors import ConfigError
+from kdcache.records.hashing import sha256_file
+from kdcache.records.manifest import MANIFEST_NAME
+from kdcache.records.progress import Progress, Silent
+from kdcache.records.specs import Spec
+from kdcache.targets.soft_targets import check_temperature
+from kdcache.workflows.devices import resolve_device
+from kdcache.workflows.fit import open_held_out
+from kdcache.workflows.learner import Learner, Outputs, TrainingOptions, run_training
+from kdcache.workflows.runs import Row, RunFiles
+
+LOW_MASS = 0.5
+"""Below this mean retained mass at the chosen temperature a run begins with a warning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationOptions:
+    """What the students learn from the teacher's answers; see `distillation_loss`."""
+
+    temperature: float = 4.0
+    """T of the KD term: any, whatever the cache declares."""
+    alpha: float = 0.9
+    """Weight of the KD term."""
+    hard: float = 0.0
+    """Weight of the cross-entropy with the teacher's top class; the dataset's label has the rest."""
+    tail: Tail = "bucket"
+    """What stands for the classes that were not kept."""
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_weights(self.alpha, self.hard)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """One trained student."""
+
+    name: str
+    """Its name in metrics and folders."""
+    last: Path
+    """Weights after the last epoch."""
+    best: Path
+    """Weights after the epoch with the best held-out accuracy."""
+    top1: float | None
+    """Held-out accuracy after the last epoch; None without a held-out set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What a training left behind."""
+
+    students: tuple[Student, ...]
+    """In the order asked for."""
+    metrics: Path
+    """`metrics.jsonl`."""
+    rows: list[Row]
+    """The metrics, one row for each epoch and student."""
+
+
+def train(
+    students: Sequence[str],
+    cache: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    distillation: DistillationOptions | None = None,
+    options: TrainingOptions | None = None,
+    allow_changed_pixels: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Trains students from a cache, all on the same batches. Run again, it goes on where it was cut off.
+
+    Args:
+        students: Model specs; a spec that is given twice is trained twice.
+        cache: The cache's directory; its manifest names dataset and views.
+        out: Folder for weights, metrics and configuration.
+        data: Dataset spec, where the cached set lies elsewhere now, or a part of it is wanted.
+        eval_data: Held-out dataset spec; the dataset's own test split where there is one when None.
+        distillation: What to learn from the teacher.
+        options: How to train.
+        allow_changed_pixels: Train even though the students would not see the pixels that the teacher saw: its answers then
+            belong to slightly other images.
+        progress: Told how far it is.
+
+    Raises:
+        CacheNotFoundError: There is no cache.
+        IncompleteCacheError: Its dump is not finished.
+        IntegrityError: A file of it is damaged; all bad files are listed.
+        MismatchError: The dataset is not the cached one, or its pixels would differ.
+        ExistsError: Another configuration's run is in `out`.
+    """
+    options, distillation, progress = options or TrainingOptions(), distillation or DistillationOptions(), progress or Silent()
+    opened = Cache(cache)
+    opened.reader.verify_all()
+    data_spec = Spec.parse(data or opened.manifest.provenance.dataset_spec)
+    dataset = open_dataset(data_spec, trusted=data is not None)
+    gather = opened.join(dataset)
+    if not allow_changed_pixels:
+        opened.check_probes(dataset)
+    held_out = open_held_out(data_spec, eval_data)
+    _warn_of_low_mass(opened, distillation, progress)
+    loader = ViewLoader(
+        dataset,
+        opened.views,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        num_views=opened.num_views,
+        gather=gather,
+        drop_last=True,
+        num_workers=options.workers,
+        device=resolve_device(options.device),
+    )
+    learners = _make_learners(students, dataset, opened, options, num_batches=len(loader))
+    outputs = [_outputs(out / learner.name, opened, options) for learner in learners]
+    files = RunFiles.in_folder(out)
+    files.begin(
+        {
+            "student": list(students),
+            "cache": str(cache),
+            "data": data or "",
+            "eval_data": eval_data or "",
+            "temperature": distillation.temperature,
+            "alpha": distillation.alpha,
+            "hard": distillation.hard,
+            "tail": distillation.tail,
+            **options.config(),
+        }
+    )
+    if not files.checkpoint.exists() and all(output.last.exists() for output in outputs):
+        progress.note(f"{out} is finished already")
+        return _result(learners, outputs, files, files.read_metrics())
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        assert batch.soft is not None
+        return distillation_loss(
+            logits, batch.soft, batch.labels,
+            temperature=distillation.temperature, alpha=distillation.alpha, hard=distillation.hard, tail=distillation.tail,
+        )  # fmt: skip
+
+    rows = run_training(learners, outputs, loader, loss, held_out=held_out, options=options, files=files, progress=progress)
+    return _result(learners, outputs, files, rows)
+
+
+def _make_learners(
+    students: Sequence[str], dataset: Dataset, cache: Cache, options: TrainingOptions, *, num_batches: int
+) -> list[Learner]:
+    if not students:
+        raise ConfigError("expected at least one student, such as --student small")
+    num_classes = cache.manifest.recipe.teacher.num_classes
+    learners: list[Learner] = []
+    for text in students:
+        spec = resolve_model_spec(Spec.parse(text), num_classes=num_classes, image_shape=dataset.image_shape)
+        base = Spec.parse(text).name.replace(":", ".").replace("/", ".")
+        taken = [learner.name for learner in learners]
+        name = base if base not in taken else next(f"{base}-{i}" for i in range(2, len(taken) + 3) if f"{base}-{i}" not in taken)
+        warmup_steps = round(options.warmup_epochs * num_batches)
+        learners.append(Learner(name, spec, options, num_steps=options.epochs * num_batches, warmup_steps=warmup_steps))
+    return learners
+
+
+def _outputs(folder: Path, cache: Cache, options: TrainingOptions) -> Outputs:
+    metadata = {
+        "recipe_key": cache.manifest.recipe_key,
+        "manifest": sha256_file(cache.reader.root / MANIFEST_NAME),
+        "seed": str(options.seed),
+    }
+    return Outputs(last=folder / "last.safetensors", best=folder / "best.safetensors", metadata=metadata)
+
+
+def _warn_of_low_mass(cache: Cache, distillation: DistillationOptions, progress: Progress) -> None:
+    """Says so when the cache keeps little of the teacher at this temperature."""
+    rows = np.arange(min(cache.manifest.grid.num_samples, 1024))
+    mass = 1 - cache.soft_targets(rows, np.zeros_like(rows)).tail_mass_at(distillation.temperature).mean().item()
+    if mass < LOW_MASS:
+        progress.note(
+            f"warning: at temperature {distillation.temperature:g} the codec {cache.codec.spec} keeps {mass:.0%} of the teacher's"
+            " probability; dump more classes (--codec topk,k=…) or train at a lower temperature"
+        )
+
+
+def _result(learners: Sequence[Learner], outputs: Sequence[Outputs], files: RunFiles, rows: list[Row]) -> TrainResult:
+    students = []
+    for learner, output in zip(learners, outputs, strict=True):
+        assert output.best is not None
+        final = [row for row in rows if row["student"] == learner.name][-1]
+        students.append(Student(name=learner.name, last=output.last, best=output.best, top1=final.get("top1")))
+    return TrainResult(students=tuple(students), metrics=files.metrics, rows=rows)

@@ -1,0 +1,100 @@
+"""`kdcache info` and `kdcache verify`: what a cache holds and whether every byte is what was written. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdcache.records.errors import IncompleteCacheError
+from kdcache.records.manifest import Manifest, Recipe
+from kdcache.records.progress import Progress, Silent
+from kdcache.store.ledger import read_plan
+from kdcache.store.reader import CacheReader, read_manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheInfo:
+    """A cache at a glance."""
+
+    path: Path
+    """Its directory."""
+    recipe_key: str
+    """What determines its numbers, as one digest."""
+    recipe: Recipe
+    """What determines its numbers."""
+    num_views: int
+    """Views of each sample."""
+    blocks_done: int
+    """Blocks on the disk."""
+    blocks_total: int
+    """Blocks of the whole cache; more than `blocks_done` while a dump is not finished."""
+    manifest: Manifest | None
+    """The manifest; None while a dump is not finished."""
+    size_bytes: int
+    """Bytes of a complete cache; 0 while a dump is not finished."""
+    float32_bytes: int
+    """What the full logits of the same views take as float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyResult:
+    """The outcome of a verification."""
+
+    path: Path
+    """The cache's directory."""
+    num_files: int
+    """Files looked at."""
+    size_bytes: int
+    """Their bytes."""
+    problems: tuple[str, ...]
+    """One line for every bad file, with its block; empty when all is well."""
+
+
+def info(cache: Path) -> CacheInfo:
+    """What a cache, or an unfinished dump, holds. Reads the manifest only.
+
+    Raises:
+        CacheNotFoundError: There is neither.
+        FormatError: Not a manifest of a known version.
+        IntegrityError: The manifest is damaged.
+    """
+    try:
+        manifest = read_manifest(cache)
+    except IncompleteCacheError:
+        begun = read_plan(cache)
+        assert begun is not None
+        plan, done = begun
+        recipe, grid = plan.recipe, plan.grid
+        manifest = None
+    else:
+        recipe, grid = manifest.recipe, manifest.grid
+        done = len(manifest.blocks)
+    return CacheInfo(
+        path=cache,
+        recipe_key=recipe.key,
+        recipe=recipe,
+        num_views=grid.num_views,
+        blocks_done=done,
+        blocks_total=len(grid.blocks()),
+        manifest=manifest,
+        size_bytes=manifest.size_bytes if manifest else 0,
+        float32_bytes=4 * grid.num_samples * grid.num_views * recipe.teacher.num_classes,
+    )
+
+
+def verify(cache: Path, *, progress: Progress | None = None) -> VerifyResult:
+    """Compares every file of a cache with its manifest: presence, length, sha256.
+
+    Args:
+        cache: The cache's directory.
+        progress: Told how far it is.
+
+    Raises:
+        CacheNotFoundError: There is no cache.
+        IncompleteCacheError: Its dump is not finished.
+        FormatError: Not a manifest of a known version.
+        IntegrityError: The manifest itself is damaged.
+    """
+    reader = CacheReader(cache)
+    manifest = reader.manifest
+    with (progress or Silent()).stage("verify", total=manifest.size_bytes, unit="B") as advance:
+        problems = tuple(reader.problems(lambda file: advance(file.size_bytes)))
+    return VerifyResult(path=cache, num_files=len(manifest.files), size_bytes=manifest.size_bytes, problems=problems)
