@@ -6,6 +6,7 @@ Run: python data/make_fashion_mini.py /usr/share/datasets/fashion-mnist
 import gzip
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ def first_of_each_class(labels: NDArray[np.uint8], count: int) -> NDArray[np.int
 
 def main(folder: Path) -> None:
     """Writes `fashion-mini.npz` beside this script."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, prefix, count in (("train", "train", 1000), ("test", "t10k", 200)):
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", header_bytes=16).reshape(-1, 28, 28)
         labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", header_bytes=8)

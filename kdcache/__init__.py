@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kdcache.learning.cache import Cache as Cache
+    from kdcache.learning.losses import TAILS as TAILS
+    from kdcache.learning.losses import distillation_loss as distillation_loss
+    from kdcache.learning.losses import hard_label_loss as hard_label_loss
+    from kdcache.learning.losses import kd_loss as kd_loss
+    from kdcache.learning.models import PRESETS as PRESETS
+    from kdcache.learning.views import PIPELINES as PIPELINES
     from kdcache.records.errors import CacheBusyError as CacheBusyError
     from kdcache.records.errors import CacheExistsError as CacheExistsError
     from kdcache.records.errors import CacheNotFoundError as CacheNotFoundError
@@ -22,27 +29,74 @@ if TYPE_CHECKING:
     from kdcache.records.errors import MismatchError as MismatchError
     from kdcache.records.errors import SpecError as SpecError
     from kdcache.records.errors import TeacherError as TeacherError
+    from kdcache.records.manifest import Manifest as Manifest
+    from kdcache.records.manifest import Recipe as Recipe
+    from kdcache.records.progress import Progress as Progress
+    from kdcache.targets.soft_targets import SoftTargets as SoftTargets
+    from kdcache.workflows.catalog import ModelListing as ModelListing
+    from kdcache.workflows.catalog import list_models as list_models
+    from kdcache.workflows.demo import DemoResult as DemoResult
+    from kdcache.workflows.demo import demo as demo
+    from kdcache.workflows.dump import DumpResult as DumpResult
+    from kdcache.workflows.dump import dump as dump
+    from kdcache.workflows.evaluate import Evaluation as Evaluation
+    from kdcache.workflows.evaluate import evaluate as evaluate
     from kdcache.workflows.fit import FitResult as FitResult
     from kdcache.workflows.fit import fit as fit
     from kdcache.workflows.learner import TrainingOptions as TrainingOptions
+    from kdcache.workflows.train import DistillationOptions as DistillationOptions
+    from kdcache.workflows.train import Student as Student
+    from kdcache.workflows.train import TrainResult as TrainResult
+    from kdcache.workflows.train import train as train
+    from kdcache.workflows.verify import CacheInfo as CacheInfo
+    from kdcache.workflows.verify import VerifyResult as VerifyResult
+    from kdcache.workflows.verify import info as info
+    from kdcache.workflows.verify import verify as verify
 
 _PUBLIC = {
+    "Cache": "kdcache.learning.cache",
     "CacheBusyError": "kdcache.records.errors",
     "CacheExistsError": "kdcache.records.errors",
+    "CacheInfo": "kdcache.workflows.verify",
     "CacheNotFoundError": "kdcache.records.errors",
     "CheckpointError": "kdcache.records.errors",
     "ConfigError": "kdcache.records.errors",
+    "DemoResult": "kdcache.workflows.demo",
+    "DistillationOptions": "kdcache.workflows.train",
+    "DumpResult": "kdcache.workflows.dump",
+    "Evaluation": "kdcache.workflows.evaluate",
     "ExistsError": "kdcache.records.errors",
+    "FitResult": "kdcache.workflows.fit",
     "FormatError": "kdcache.records.errors",
     "IncompleteCacheError": "kdcache.records.errors",
     "IntegrityError": "kdcache.records.errors",
     "KdcacheError": "kdcache.records.errors",
+    "Manifest": "kdcache.records.manifest",
     "MismatchError": "kdcache.records.errors",
+    "ModelListing": "kdcache.workflows.catalog",
+    "PIPELINES": "kdcache.learning.views",
+    "PRESETS": "kdcache.learning.models",
+    "Progress": "kdcache.records.progress",
+    "Recipe": "kdcache.records.manifest",
+    "SoftTargets": "kdcache.targets.soft_targets",
     "SpecError": "kdcache.records.errors",
+    "Student": "kdcache.workflows.train",
+    "TAILS": "kdcache.learning.losses",
     "TeacherError": "kdcache.records.errors",
-    "FitResult": "kdcache.workflows.fit",
+    "TrainResult": "kdcache.workflows.train",
     "TrainingOptions": "kdcache.workflows.learner",
+    "VerifyResult": "kdcache.workflows.verify",
+    "demo": "kdcache.workflows.demo",
+    "distillation_loss": "kdcache.learning.losses",
+    "dump": "kdcache.workflows.dump",
+    "evaluate": "kdcache.workflows.evaluate",
     "fit": "kdcache.workflows.fit",
+    "hard_label_loss": "kdcache.learning.losses",
+    "info": "kdcache.workflows.verify",
+    "kd_loss": "kdcache.learning.losses",
+    "list_models": "kdcache.workflows.catalog",
+    "train": "kdcache.workflows.train",
+    "verify": "kdcache.workflows.verify",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -44,7 +44,9 @@ class Cache:
         self._fields = list(expected)
         for name in self._fields:
             if self.reader.field(name).dtype != expected[name].dtype:
-                raise FormatError(f"{path}: the codec {recipe.codec} expects {name} as {expected[name].dtype}, found {self.reader.field(name).dtype}")
+                raise FormatError(
+                    f"{path}: the codec {recipe.codec} expects {name} as {expected[name].dtype}, found {self.reader.field(name).dtype}"
+                )
         self.views = SeededViews(recipe.views)
 
     @property
@@ -144,7 +146,7 @@ class Cache:
                 f" It was made from {self.manifest.recipe.dataset.spec} with {self.manifest.recipe.dataset.num_samples} samples;"
                 " give that dataset with --data, or dump this one"
             )
-        return rows.astype(np.int64)
+        return np.asarray(rows, np.int64)
 
 
 def make_probes(dataset: Dataset, views: SeededViews, *, num_views: int) -> tuple[Probe, ...]:

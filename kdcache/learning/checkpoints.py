@@ -42,7 +42,7 @@ def tensors_digest(state: dict[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -64,9 +64,7 @@ def save_model(path: Path, model: nn.Module, *, spec: Spec, metadata: dict[str, 
     write_atomically(path, save(network_state(model), metadata={**metadata, "arch": str(spec)}))
 
 
-def load_model(
-    path: Path, *, num_classes: int, image_shape: tuple[int, int, int], arch: Spec | None = None
-) -> LoadedModel:
+def load_model(path: Path, *, num_classes: int, image_shape: tuple[int, int, int], arch: Spec | None = None) -> LoadedModel:
     """Reads a model file and builds its network. Never executes anything from the file.
 
     Args:

@@ -94,11 +94,11 @@ class Dataset:
 def image_key(image: UInt8[Tensor, "channels height width"]) -> bytes:
     """The 16-byte key of a decoded image: BLAKE2b over its shape and its pixels in row-major order."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=KEY_BYTES)
-    digest.update(image.contiguous().numpy())
+    digest.update(image.contiguous().numpy().tobytes())
     return digest.digest()
 
 
-def as_image_tensor(image: object) -> UInt8[Tensor, "channels height width"]:
+def as_image_tensor(image: Any) -> UInt8[Tensor, "channels height width"]:
     """A decoded sample as a uint8 tensor [channels, height, width].
 
     Raises:
@@ -114,7 +114,8 @@ def as_image_tensor(image: object) -> UInt8[Tensor, "channels height width"]:
             f"expected samples as uint8 [channels, height, width], found {image.dtype} {list(image.shape)};"
             " give the dataset without transforms: kdcache augments and scales"
         )
-    return image.as_subclass(Tensor)
+    tensor: Tensor = image.as_subclass(Tensor)
+    return tensor
 
 
 def wrap_dataset(source: MapDataset, *, num_classes: int | None = None) -> Dataset:

@@ -86,7 +86,7 @@ def distillation_loss(
     hard: float = 0.0,
     tail: Tail = "bucket",
 ) -> Float[Tensor, ""]:
-    """alpha · KD + hard · CE(teacher's top class) + (1 - alpha - hard) · CE(label), the mean over records, in nats.
+    """Alpha · KD + hard · CE(teacher's top class) + (1 - alpha - hard) · CE(label), the mean over records, in nats.
 
     Args:
         student_logits: The student's output.

@@ -59,9 +59,7 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
             pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
-            self.shortcut = nn.Sequential(
-                pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, inputs, height, width] to [batch, outputs, height / stride, width / stride]."""
@@ -85,15 +83,14 @@ class SmallResNet(nn.Module):
             stride = 2 if halvings else 1
             stem += [nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         self.stem = nn.Sequential(*stem)
-        inputs = (width, *preset.widths)
-        self.stages = nn.Sequential(
-            *(BasicBlock(inputs[i], inputs[i + 1], stride=1 if i == 0 else 2) for i in range(len(preset.widths)))
-        )
+        widths = (width, *preset.widths)
+        self.stages = nn.Sequential(*(BasicBlock(widths[i], widths[i + 1], stride=1 if i == 0 else 2) for i in range(len(preset.widths))))
         self.head = nn.Linear(preset.widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, channels, height, width] to logits [batch, classes]."""
-        return self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))
+        return logits
 
 
 class InputEnd(nn.Module):
@@ -118,7 +115,8 @@ class InputEnd(nn.Module):
         """Images in [0, 1] to logits."""
         if images.shape[1] == 1 and self.channels > 1:
             images = images.expand(-1, self.channels, -1, -1)
-        return self.body((images - self.mean) / self.std)
+        logits: Tensor = self.body((images - self.mean) / self.std)
+        return logits
 
 
 def build_model(spec: Spec, *, trusted: bool) -> nn.Module:

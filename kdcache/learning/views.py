@@ -55,7 +55,8 @@ class SeededViews:
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(stable_integer(self.record.seed, key, view))
-            return self._transform(image)
+            transformed: Tensor = self._transform(image)
+            return transformed
         finally:
             torch.set_rng_state(state)
 

@@ -130,7 +130,7 @@ class FieldRecord:
     name: str
     """Path in the store, such as `logits/index`."""
     dtype: str
-    """A Zarr v3 data type: `uint8`, `uint16`, `uint32`, `int64`, `float16`, `float32`."""
+    """A Zarr v3 data type: `uint8`, `uint16`, `uint32`, `float16`, `float32`."""
     inner: tuple[int, ...]
     """Lengths of the axes after the sample axis."""
     inner_names: tuple[str, ...]
@@ -290,18 +290,14 @@ def recipe_differences(found: object, wanted: object) -> list[str]:
     """The leaves in which two records differ, as `field: found → wanted` lines."""
     before, after = _leaves(to_json(found)), _leaves(to_json(wanted))
     names = sorted(before.keys() | after.keys())
-    return [
-        f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
+    return [f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}" for name in names if before.get(name) != after.get(name)]
 
 
 def _leaves(document: Any, path: str = "") -> dict[str, str]:
     if isinstance(document, dict):
-        children = document.items()
+        children = list(document.items())
     elif isinstance(document, list):
-        children = enumerate(document)
+        children = list(enumerate(document))
     else:
         return {path: json.dumps(document, ensure_ascii=False)}
     leaves: dict[str, str] = {}

@@ -49,8 +49,9 @@ class BlockLedger:
             CacheExistsError: Something else is, or is being, dumped there; the differing fields are listed.
         """
         folder = root / FOLDER
-        begun_here = root.exists()
-        if begun_here and not folder.exists() and not (root / MANIFEST_NAME).exists() and any(root.iterdir()):
+        if (root / MANIFEST_NAME).exists():
+            _check_complete_cache(root, plan)
+        elif root.exists() and not folder.exists() and any(root.iterdir()):
             raise CacheExistsError(f"{root} is not empty and holds no cache; choose another --out")
         with exclusive_lock(folder / "lock", holder="a dump"):
             ledger = cls(root, plan)
@@ -79,10 +80,8 @@ class BlockLedger:
         return self._folder / "blocks" / f"{block.id}.json"
 
     def _begin(self, root: Path) -> None:
-        manifest_path = root / MANIFEST_NAME
-        if manifest_path.exists():
-            manifest = Manifest.from_bytes(manifest_path.read_bytes(), where=str(manifest_path))
-            _require_equal(root, (manifest.recipe, manifest.grid), (self._plan.recipe, self._plan.grid))
+        if (root / MANIFEST_NAME).exists():
+            _check_complete_cache(root, self._plan)
             return
         plan_path = self._folder / "plan.json"
         if plan_path.exists():
@@ -100,8 +99,17 @@ def read_plan(root: Path) -> tuple[DumpPlan, int] | None:
     return plan, len(list((root / FOLDER / "blocks").glob("*.json")))
 
 
+def _check_complete_cache(root: Path, plan: DumpPlan) -> None:
+    path = root / MANIFEST_NAME
+    manifest = Manifest.from_bytes(path.read_bytes(), where=str(path))
+    found = {"recipe": manifest.recipe, "grid": manifest.grid}
+    _require_equal(root, found, {"recipe": plan.recipe, "grid": plan.grid})
+
+
 def _require_equal(root: Path, found: object, wanted: object) -> None:
     differences = recipe_differences(found, wanted)
     if differences:
         listed = "\n  ".join(differences)
-        raise CacheExistsError(f"{root} holds another cache; choose another --out, or remove it. Differing (found → asked for):\n  {listed}")
+        raise CacheExistsError(
+            f"{root} holds another cache; choose another --out, or remove it. Differing (found → asked for):\n  {listed}"
+        )

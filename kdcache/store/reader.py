@@ -153,5 +153,5 @@ def _file_problem(root: Path, record: FileRecord) -> str | None:
 
 
 def _require_within(values: Rows, count: int, what: str) -> None:
-    if len(values) and not (0 <= int(values.min()) and int(values.max()) < count):
+    if len(values) and not (int(values.min()) >= 0 and int(values.max()) < count):
         raise MismatchError(f"expected {what}s from 0 to {count - 1}, found {int(values.min())} to {int(values.max())}")

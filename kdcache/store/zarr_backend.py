@@ -44,8 +44,9 @@ def encode_chunk(rows: NDArray[Any], field: FieldRecord, grid: BlockGrid) -> byt
     """The chunk file's content for the rows of one view, [at most block_samples, *inner]."""
     padded = np.full((grid.block_samples, *field.inner), field.fill_value, dtype=stored_dtype(field))
     padded[: len(rows)] = rows
-    data = padded.tobytes()
-    return data + google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
+    data: bytes = padded.tobytes()
+    checksum: int = google_crc32c.value(data)
+    return data + checksum.to_bytes(CRC_BYTES, "little")
 
 
 def write_chunks(
@@ -120,6 +121,7 @@ def _write(root: Path, path: str, data: bytes) -> FileRecord:
 def _metadata(fields: Sequence[FieldRecord], grid: BlockGrid) -> dict[str, bytes]:
     """Zarr's own metadata documents by path, made by Zarr in memory: it never fsyncs what it writes itself."""
     import zarr
+    from zarr.codecs import Crc32cCodec
     from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import MemoryStore
 
@@ -135,7 +137,7 @@ def _metadata(fields: Sequence[FieldRecord], grid: BlockGrid) -> dict[str, bytes
             chunks=chunk_shape(field, grid),
             dtype=field.dtype,
             fill_value=float("nan") if field.fill_value == "NaN" else field.fill_value,
-            compressors=zarr.codecs.Crc32cCodec(),
+            compressors=Crc32cCodec(),
             dimension_names=(*axes, *field.inner_names),
             attributes=field.attributes,
         )

@@ -82,9 +82,7 @@ class TopK:
         values, index = logits.topk(self.k, dim=-1)
         log_probs = values - logits.logsumexp(dim=-1, keepdim=True)
         rest = logits.scatter(-1, index, -math.inf)
-        masses = [
-            ((rest / t).logsumexp(dim=-1) - (logits / t).logsumexp(dim=-1)).exp() for t in self.temperatures
-        ]
+        masses = [((rest / t).logsumexp(dim=-1) - (logits / t).logsumexp(dim=-1)).exp() for t in self.temperatures]
         angles = torch.stack(masses, dim=-1).clamp(0, 1).sqrt().asin()
         return {
             "logits/index": index.to(_torch_dtype(smallest_unsigned(self.num_classes)[0])),

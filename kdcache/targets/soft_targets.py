@@ -40,9 +40,7 @@ class SoftTargets:
     @classmethod
     def from_logits(cls, logits: Float[Tensor, "*batch classes"]) -> Self:
         """Soft targets that keep everything: the live teacher's own."""
-        return cls(
-            log_probs=logits.log_softmax(dim=-1), index=None, tail_mass=None, temperatures=(), num_classes=logits.shape[-1]
-        )
+        return cls(log_probs=logits.log_softmax(dim=-1), index=None, tail_mass=None, temperatures=(), num_classes=logits.shape[-1])
 
     def to(self, device: torch.device) -> Self:
         """The same targets on another device."""

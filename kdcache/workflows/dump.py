@@ -38,7 +38,7 @@ from kdcache.records.specs import Spec
 from kdcache.store.files import write_atomically
 from kdcache.store.ledger import BlockLedger, DumpPlan
 from kdcache.store.zarr_backend import write_chunks, write_metadata, write_sample_field
-from kdcache.targets.codecs import Codec, make_codec
+from kdcache.targets.codecs import Codec, make_codec, smallest_unsigned
 from kdcache.targets.soft_targets import SoftTargets
 from kdcache.workflows.devices import Precision, autocast, resolve_device, resolve_precision
 from kdcache.workflows.evaluate import load_for
@@ -228,15 +228,12 @@ def _dump_blocks(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: _BlockW
     return len(missing)
 
 
-def _commit(
-    out: Path, plan: DumpPlan, ledger: BlockLedger, worker: _BlockWorker, provenance: Provenance, licence: str | None
-) -> Manifest:
+def _commit(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: _BlockWorker, provenance: Provenance, licence: str | None) -> Manifest:
     """Writes what belongs to no block and, last, the manifest."""
     dataset, grid = worker.dataset, plan.grid
-    key_field = FieldRecord(
-        name="key", dtype="uint8", inner=(dataset.keys.shape[1],), inner_names=("byte",), per_view=False, fill_value=0
-    )
-    label_field = FieldRecord(name="label", dtype="int64", inner=(), inner_names=(), per_view=False, fill_value=-1)
+    key_field = FieldRecord(name="key", dtype="uint8", inner=(dataset.keys.shape[1],), inner_names=("byte",), per_view=False, fill_value=0)
+    label_dtype, no_label = smallest_unsigned(dataset.num_classes)
+    label_field = FieldRecord(name="label", dtype=label_dtype, inner=(), inner_names=(), per_view=False, fill_value=no_label)
     fields = (*worker.fields, key_field, label_field)
     records = [ledger.find(block) for block in grid.blocks()]
     blocks = tuple(record for record in records if record is not None)

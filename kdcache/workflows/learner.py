@@ -83,7 +83,7 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.model = build_model(spec, trusted=True)
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = _make_optimizer(self.model, options)
         self._scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -103,7 +103,7 @@ class Learner:
             logits = self.model(batch.images.contiguous(memory_format=torch.channels_last))
         value = loss(logits.float(), batch)
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self._scheduler.step()
         return value.detach()
@@ -208,7 +208,5 @@ def _epoch_line(row: Row, epochs: int) -> str:
 
 def _make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     if options.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
-        )
+        return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay)
     return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)

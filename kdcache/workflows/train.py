@@ -156,9 +156,7 @@ def train(
     return _result(learners, outputs, files, rows)
 
 
-def _make_learners(
-    students: Sequence[str], dataset: Dataset, cache: Cache, options: TrainingOptions, *, num_batches: int
-) -> list[Learner]:
+def _make_learners(students: Sequence[str], dataset: Dataset, cache: Cache, options: TrainingOptions, *, num_batches: int) -> list[Learner]:
     if not students:
         raise ConfigError("expected at least one student, such as --student small")
     num_classes = cache.manifest.recipe.teacher.num_classes

@@ -56,6 +56,7 @@ def info(cache: Path) -> CacheInfo:
         FormatError: Not a manifest of a known version.
         IntegrityError: The manifest is damaged.
     """
+    manifest: Manifest | None = None
     try:
         manifest = read_manifest(cache)
     except IncompleteCacheError:
@@ -63,10 +64,8 @@ def info(cache: Path) -> CacheInfo:
         assert begun is not None
         plan, done = begun
         recipe, grid = plan.recipe, plan.grid
-        manifest = None
     else:
-        recipe, grid = manifest.recipe, manifest.grid
-        done = len(manifest.blocks)
+        recipe, grid, done = manifest.recipe, manifest.grid, len(manifest.blocks)
     return CacheInfo(
         path=cache,
         recipe_key=recipe.key,

@@ -1,0 +1,65 @@
+"""`kdcache dump`."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import kdcache
+
+from .console import ConsoleProgress, emit, format_bytes, format_share, print_pairs
+from .options import PATH, arch_option, config_option, device_option, json_option
+
+EPILOG = """\b
+Examples:
+  kdcache dump --teacher teacher.safetensors --data fashion-mini --out runs/cache
+  kdcache dump --teacher ckpt.pt --arch torchvision:resnet50 --data torchvision:CIFAR100,root=DIR \\
+      --views 8 --augment rrc-flip --codec topk,k=16 --out runs/cache
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option("--teacher", type=PATH, required=True, help="The teacher's file: .safetensors, or .pt with weights.")
+@click.option("--data", required=True, help="Dataset spec, such as fashion-mini.")
+@click.option("--out", type=PATH, required=True, help="The cache's directory.")
+@arch_option
+@click.option("--views", type=click.IntRange(min=1), default=4, show_default=True, help="Views of each sample.")
+@click.option("--augment", default="crop-flip", show_default=True, help="none, crop-flip, rrc-flip or a TOML file.")
+@click.option("--codec", default="auto", show_default=True, help="topk[,k=…][,temperatures=(…)], dense[,dtype=…] or auto.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the views.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a forward pass.")
+@click.option("--block-samples", type=click.IntRange(min=1), help="Samples in a chunk file; by default by the dataset's size.")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+              help="Arithmetic; auto: bfloat16 on CUDA, else float32.")  # fmt: skip
+@click.option("--license", help="Licence of the labels, such as CC-BY-4.0.")
+@device_option
+@config_option
+@json_option
+def dump(teacher: Path, data: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Run the teacher once over every view and store its soft labels.
+
+    Running the same command again goes on where the last run was cut off, and ends in the same bytes.
+    """
+    command = shlex.join(["kdcache", *sys.argv[1:]])
+    result = kdcache.dump(teacher, data, out, command=command, progress=ConsoleProgress(), **options)
+    manifest = result.manifest
+    summary = {
+        "path": result.path,
+        "recipe_key": manifest.recipe_key,
+        "num_samples": manifest.grid.num_samples,
+        "num_views": manifest.grid.num_views,
+        "codec": manifest.recipe.codec,
+        "size_bytes": manifest.size_bytes,
+        "statistics": manifest.statistics,
+        "blocks": len(manifest.blocks),
+        "blocks_computed": result.blocks_computed,
+    }
+    pairs = {
+        "cache": str(result.path),
+        "recipe key": manifest.recipe_key,
+        "holds": f"{manifest.grid.num_samples:,} samples × {manifest.grid.num_views} views, {format_bytes(manifest.size_bytes)}",
+        "teacher": f"{format_share(manifest.statistics.teacher_accuracy)} top-1 on the stored labels",
+    }
+    emit(summary, as_json=as_json, show=lambda: print_pairs(pairs))

@@ -1,0 +1,46 @@
+"""`kdcache evaluate`."""
+
+from pathlib import Path
+
+import click
+
+import kdcache
+
+from .console import ConsoleProgress, emit, format_share, print_pairs
+from .options import PATH, arch_option, config_option, device_option, json_option
+
+EPILOG = """\b
+Examples:
+  kdcache evaluate --model runs/small/small/last.safetensors --data fashion-mini,split=test
+  kdcache evaluate --model student.safetensors --teacher teacher.safetensors --data fashion-mini,split=test --json
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option("--model", type=PATH, required=True, help="The model's file.")
+@click.option("--data", required=True, help="Dataset spec, such as fashion-mini,split=test.")
+@arch_option
+@click.option("--teacher", type=PATH, help="A second model file: the agreement with it is measured.")
+@click.option("--teacher-arch", help="The teacher's architecture where its file does not say it.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a forward pass.")
+@device_option
+@config_option
+@json_option
+def evaluate(
+    model: Path, data: str, arch: str | None, teacher: Path | None, teacher_arch: str | None, batch_size: int, device: str, as_json: bool
+) -> None:
+    """Measure a network on a dataset: accuracy, recall, calibration, agreement with a teacher."""
+    result = kdcache.evaluate(
+        model, data, arch=arch, teacher=teacher, teacher_arch=teacher_arch,
+        batch_size=batch_size, device=device, progress=ConsoleProgress(),
+    )  # fmt: skip
+    pairs = {
+        "samples": f"{result.num_samples:,}",
+        "top-1": format_share(result.top1),
+        "top-5": format_share(result.top5),
+        "macro recall": format_share(result.recall),
+        "calibration error": format_share(result.calibration_error),
+        "agreement with teacher": format_share(result.agreement),
+        "parameters": f"{result.num_parameters:,}",
+    }
+    emit(result, as_json=as_json, show=lambda: print_pairs(pairs))

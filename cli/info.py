@@ -1,0 +1,52 @@
+"""`kdcache info`."""
+
+from pathlib import Path
+
+import click
+
+import kdcache
+
+from .console import emit, format_bytes, format_share, print_pairs
+from .options import PATH, json_option
+
+EPILOG = """\b
+Examples:
+  kdcache info runs/cache
+  kdcache info runs/cache --json
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("cache", type=PATH)
+@json_option
+def info(cache: Path, as_json: bool) -> None:
+    """What a cache holds: teacher, dataset, views, codec, size, retained mass. Works on an unfinished dump too."""
+    result = kdcache.info(cache)
+    emit(result, as_json=as_json, show=lambda: print_pairs(_pairs(result)))
+
+
+def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
+    recipe = result.recipe
+    operations = " → ".join(str(operation["op"]) for operation in recipe.views.pipeline) or "none"
+    pairs = {
+        "cache": str(result.path),
+        "recipe key": result.recipe_key,
+        "teacher": f"{recipe.teacher.spec} ({recipe.teacher.sha256[:19]}…, {recipe.teacher.precision})",
+        "dataset": f"{recipe.dataset.spec}: {recipe.dataset.num_samples:,} samples, {recipe.teacher.num_classes} classes",
+        "views": f"{result.num_views} × {operations} (seed {recipe.views.seed})",
+        "codec": recipe.codec,
+        "blocks": f"{result.blocks_done} of {result.blocks_total}",
+    }
+    if result.manifest is None:
+        return {**pairs, "state": "unfinished; run the same kdcache dump again to go on"}
+    statistics, provenance = result.manifest.statistics, result.manifest.provenance
+    masses = ", ".join(f"{format_share(mass)} at T={t}" for t, mass in statistics.retained_mass.items())
+    return {
+        **pairs,
+        "size": f"{format_bytes(result.size_bytes)}; full float32 logits: {format_bytes(result.float32_bytes)}",
+        "teacher's top-1": f"{format_share(statistics.teacher_accuracy)} on the stored labels",
+        "retained mass": masses or "everything",
+        "made": f"{provenance.created} by {provenance.created_by} on {provenance.device}",
+        "command": provenance.command,
+        "licence": result.manifest.license or "not stated",
+    }
