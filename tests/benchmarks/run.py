@@ -1,0 +1,216 @@
+"""Every figure on the benchmark page, each a ratio measured in one run beside the bare alternative.
+
+Run: python tests/benchmarks/run.py            (a few minutes on two cores; prints Markdown)
+"""
+
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import kdcache
+from kdcache.data import embedded_teacher
+from kdcache.learning.checkpoints import load_model
+from kdcache.learning.datasets import open_dataset
+from kdcache.learning.loader import ViewLoader, to_unit_range
+from kdcache.learning.losses import distillation_loss
+from kdcache.learning.models import resolve_model_spec
+from kdcache.learning.views import make_views
+from kdcache.records.manifest import Block, BlockGrid
+from kdcache.records.specs import Spec
+from kdcache.store.zarr_backend import write_chunks
+from kdcache.targets.codecs import make_codec
+from kdcache.workflows.learner import Learner
+
+REPEATS = 5
+ROWS = 1_000_000
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def ratio(ours: Callable[[], object], bare: Callable[[], object]) -> tuple[float, float, float]:
+    """Medians of alternating runs: our seconds, the bare seconds, and their ratio."""
+    ours(), bare()
+    pairs = [(seconds(ours), seconds(bare)) for _ in range(REPEATS)]
+    return (
+        statistics.median(pair[0] for pair in pairs),
+        statistics.median(pair[1] for pair in pairs),
+        statistics.median(pair[0] / pair[1] for pair in pairs),
+    )
+
+
+def bench_dump(folder: Path) -> str:
+    """A whole dump against the teacher's bare inference loop over the same decoded, augmented batches."""
+    dataset = open_dataset(Spec.parse("fashion-mini"), trusted=True)
+    teacher = load_model(embedded_teacher(), num_classes=10, image_shape=(1, 28, 28)).model
+    views, keys = make_views("crop-flip", seed=0, image_shape=(1, 28, 28)), dataset.keys
+    device = torch.device("cpu")
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for start in range(0, len(dataset), 256):
+            rows = range(start, min(start + 256, len(dataset)))
+            images = [dataset[row][0] for row in rows]
+            for view in range(2):
+                batch = torch.stack([views(image, keys[row].tobytes(), view) for image, row in zip(images, rows, strict=True)])
+                teacher(to_unit_range(batch, device).contiguous(memory_format=torch.channels_last))
+
+    def ours() -> None:
+        shutil.rmtree(folder / "dump", ignore_errors=True)
+        kdcache.dump(embedded_teacher(), "fashion-mini", folder / "dump", views=2, codec="topk,k=5", device="cpu")
+
+    ours_s, bare_s, r = ratio(ours, bare)
+    return f"| dump, 20,000 views, `large` teacher, k=5 | {ours_s:.2f} s | bare inference loop, same batches: {bare_s:.2f} s | {r:.3f} |"
+
+
+def bench_step(folder: Path) -> str:
+    """An epoch of a student from the cache against the same epoch of plain supervised training."""
+    dataset = open_dataset(Spec.parse("fashion-mini"), trusted=True)
+    cache = kdcache.Cache(folder / "dump")
+    options = kdcache.TrainingOptions(device="cpu")
+    spec = resolve_model_spec(Spec.parse("small"), num_classes=10, image_shape=(1, 28, 28))
+
+    def epoch_of(loader: ViewLoader, loss: Callable[..., torch.Tensor]) -> Callable[[], None]:
+        learner = Learner("small", spec, options, num_steps=10**6, warmup_steps=1)
+
+        def epoch() -> None:
+            for batch in loader.epoch(0):
+                learner.step(batch, loss)
+
+        return epoch
+
+    common = {"batch_size": 128, "drop_last": True}
+    plain = ViewLoader(dataset, cache.views, **common)
+    cached = ViewLoader(dataset, cache.views, num_views=2, gather=cache.join(dataset), **common)
+    ours = epoch_of(cached, lambda logits, batch: distillation_loss(logits, batch.soft, batch.labels))
+    bare = epoch_of(plain, lambda logits, batch: F.cross_entropy(logits, batch.labels))
+    ours_s, bare_s, r = ratio(ours, bare)
+    return f"| student's epoch from the cache (`small`, 10,000 samples, KD + CE) | {ours_s:.2f} s | plain supervised epoch: {bare_s:.2f} s | {r:.3f} |"
+
+
+def bench_gather(folder: Path) -> list[str]:
+    """Random batches of 256 from a million records against a bare memory map of the same bytes; and the encoder."""
+    codec = make_codec(Spec.parse("topk,k=16"), num_classes=1000)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(65_536, 1000, generator=generator) * 3
+    encode_s = seconds(lambda: codec.encode(logits[:16_384]))
+    arrays = {name: array.numpy() for name, array in codec.encode(logits[:16_384]).items()}
+    grid = BlockGrid(num_samples=65_536, num_views=16, block_samples=65_536, block_views=1)
+    fields = codec.fields(())
+    rows = {name: np.tile(array, (4, 1))[None] for name, array in arrays.items()}
+
+    from kdcache.store.reader import CacheReader
+    from kdcache.records.manifest import Manifest
+
+    made = kdcache.Manifest.from_bytes((folder / "dump" / "manifest.json").read_bytes(), where="benchmark")
+    files = []
+    write_s = seconds(
+        lambda: files.extend(
+            write_chunks(folder / "big", fields, grid, Block(sample_block=0, samples=(0, 65_536), views=(view, view + 1)), rows)
+            for view in range(16)
+        )
+    )
+    from dataclasses import replace
+
+    block = made.blocks[0]
+    manifest = replace(
+        made, grid=grid, fields=fields, blocks=tuple(replace(block, files=records) for records in files), metadata_files=()
+    )
+    (folder / "big" / "manifest.json").write_bytes(manifest.to_bytes())
+    reader = CacheReader(folder / "big")
+    names = [field.name for field in fields]
+    rng = np.random.default_rng(0)
+    batches = [(rng.integers(0, 65_536, 256), rng.integers(0, 16, 256)) for _ in range(400)]
+    one_view = [(sample, np.full(256, index % 16)) for index, (sample, _) in enumerate(batches)]
+    record = np.dtype([("index", "<u2", 16), ("gap", "u1", 16), ("tail", "u1", 3)])
+    flat = np.memmap(folder / "flat", dtype=record, mode="w+", shape=(65_536 * 16,))
+    flat["index"], flat["gap"] = 1, 1
+    flat.flush()
+
+    def ours(of: list[tuple[np.ndarray, np.ndarray]]) -> Callable[[], None]:
+        def work() -> None:
+            for sample, view in of:
+                codec.decode({name: torch.from_numpy(array) for name, array in reader.gather(names, sample, view).items()})
+
+        return work
+
+    def bare() -> None:
+        for sample, view in batches:
+            flat[view * 65_536 + sample]
+
+    lines = []
+    for title, of in (("every record from another view", batches), ("one view a batch, as training reads", one_view)):
+        ours_s, bare_s, _ = ratio(ours(of), bare)
+        number = 256 * len(of)
+        lines.append(
+            f"| gather + decode, 2^20 records, k=16 of 1000, batches of 256, {title} | {number / ours_s / 1e6:.2f} M records/s |"
+            f" bare memory map, no decode: {number / bare_s / 1e6:.2f} M/s | {bare_s / ours_s:.2f} of its rate |"
+        )
+    lines.append(f"| encoder, k=16 of 1000, two threads | {16_384 / encode_s / 1e3:.0f} k records/s | | |")
+    lines.append(f"| writer (checksum, sha256, fsync) | {ROWS * 1.048576 / write_s / 1e6:.2f} M records/s | | |")
+    return lines
+
+
+def bench_size() -> list[str]:
+    """Bytes and added KL of a record: the codec's coding against the same entries in float32."""
+    lines = []
+    teacher = load_model(embedded_teacher(), num_classes=10, image_shape=(1, 28, 28)).model
+    dataset = open_dataset(Spec.parse("fashion-mini,split=test"), trusted=True)
+    with torch.inference_mode():
+        real = teacher(torch.stack([dataset[row][0] for row in range(2000)]).float() / 255)
+    generator = torch.Generator().manual_seed(0)
+    synthetic = torch.randn(4096, 40, generator=generator) @ torch.randn(40, 1000, generator=generator) * 0.6
+    for title, logits, text in (
+        ("embedded teacher", real, "topk,k=5"),
+        ("embedded teacher", real, "dense"),
+        ("synthetic, low rank", synthetic, "topk,k=16"),
+    ):
+        codec = make_codec(Spec.parse(text), num_classes=logits.shape[-1])
+        arrays = codec.encode(logits)
+        size = sum(array[0].numel() * array.element_size() for array in arrays.values())
+        soft, entries = codec.decode(arrays), next(iter(arrays.values())).shape[-1]
+        added = ", ".join(f"{added_kl(logits, soft, t):.1e}" for t in (1.0, 2.0, 4.0))
+        lines.append(
+            f"| {title}, {logits.shape[-1]} classes | `{text}` | {size} | {size / entries:.2f} |"
+            f" {4 * logits.shape[-1] / size:.1f} | {added} |"
+        )
+    return lines
+
+
+def added_kl(logits: torch.Tensor, soft: kdcache.SoftTargets, temperature: float) -> float:
+    """Mean KL(exact kept classes and tail ‖ decoded ones) in nats: what the coding alone adds, beside the truncation."""
+    exact = (logits.double() / temperature).softmax(-1)
+    kept = exact if soft.index is None else exact.gather(-1, soft.index)
+    decoded, mass = soft.probs_at(temperature)
+    p = torch.cat([kept, (1 - kept.sum(-1, keepdim=True)).clamp(min=0)], -1)
+    q = torch.cat([decoded, mass.unsqueeze(-1)], -1).double()
+    return torch.where(p > 1e-12, p * (p.clamp(min=1e-12).log() - q.clamp(min=1e-12).log()), 0.0).sum(-1).mean().item()
+
+
+def main() -> None:
+    """Prints the page's tables."""
+    print(f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.\n")
+    print("| what | kdcache | beside | ratio |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print(bench_dump(folder), bench_step(folder), *bench_gather(folder), sep="\n")
+    print("\n| logits | codec | bytes a record | bytes an entry | times smaller than float32 | added KL at T=1, 2, 4 (nat) |")
+    print("|---|---|---|---|---|---|")
+    print(*bench_size(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
