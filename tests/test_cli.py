@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import KDCACHE, environment, kdcache, kdcache_json
-
 from kdcache.data import embedded_teacher
 
 COMMANDS = ("demo", "fit", "dump", "train", "evaluate", "info", "verify", "models")
@@ -74,7 +73,7 @@ def test_teacher_errors(tmp_path: Path) -> None:
 
 
 def test_fit_evaluate_and_json(tmp_path: Path) -> None:
-    """fit makes a model, goes on where it was, and evaluate measures it; with --json stdout is one JSON object."""
+    """Fit makes a model, goes on where it was, and evaluate measures it; with --json stdout is one JSON object."""
     fit = ("fit", "--model", "tiny", "--data", "fashion-mini,split=test", "--epochs", "2", "--out", "tiny.safetensors")
     first = kdcache_json(*fit, cwd=tmp_path)
     assert first["epochs"] == 2
@@ -97,7 +96,7 @@ def test_embedded_teacher_is_as_good_as_promised(tmp_path: Path) -> None:
 
 
 def test_models_lists_presets_and_torchvision(tmp_path: Path) -> None:
-    """models lists the presets with their parameters, and with --all torchvision's networks."""
+    """Models lists the presets with their parameters, and with --all torchvision's networks."""
     specs = {item["spec"]: item["num_parameters"] for item in kdcache_json("models", "--all", cwd=tmp_path)["models"]}
     assert specs["tiny"] < specs["small"] < specs["medium"] < specs["large"]
     assert "torchvision:resnet50" in specs

@@ -90,8 +90,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def unpacked(built: Built, tmp_path: Path) -> Path:
     """A folder that holds the wheel's files and nothing else."""
     folder = tmp_path / "site"
-    with zipfile.ZipFile(built.wheel) as archive:
-        archive.extractall(folder)
+    shutil.unpack_archive(built.wheel, folder, "zip")
     return folder
 
 
@@ -140,8 +139,7 @@ def test_wheel_owns_one_top_level_name(built: Built) -> None:
 
 def test_sdist_makes_the_same_wheel(built: Built, tmp_path: Path) -> None:
     """A wheel that is built from the source distribution has the same files as one that is built from a checkout."""
-    with tarfile.open(built.sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(built.sdist, tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
     (wheel,) = build(tree, "--wheel").glob("*.whl")
     assert files_in(wheel) == files_in(built.wheel)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import KDCACHE, environment, kdcache, kdcache_json
+from kdcache.data import embedded_teacher
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import kdcache as library
-from kdcache.data import embedded_teacher
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ("train", "--student", "tiny", "--cache", "cache", "--epochs", "3", "--batch-size", "250")

@@ -40,13 +40,11 @@ class Cache:
         self.reader = CacheReader(Path(path))
         recipe = self.manifest.recipe
         self.codec = make_codec(Spec.parse(recipe.codec), num_classes=recipe.teacher.num_classes)
-        expected = {field.name: field for field in self.codec.fields(())}
-        self._fields = list(expected)
-        for name in self._fields:
-            if self.reader.field(name).dtype != expected[name].dtype:
-                raise FormatError(
-                    f"{path}: the codec {recipe.codec} expects {name} as {expected[name].dtype}, found {self.reader.field(name).dtype}"
-                )
+        self._fields = [field.name for field in self.codec.fields(())]
+        for expected in self.codec.fields(()):
+            found = self.reader.field(expected.name)
+            if found != expected:
+                raise FormatError(f"{path}: the codec {recipe.codec} stores {expected}, found {found}")
         self.views = SeededViews(recipe.views)
 
     @property

@@ -22,6 +22,9 @@ from kdcache.records.manifest import ViewsRecord
 PIPELINES = ("none", "crop-flip", "rrc-flip")
 """The pipelines that are known by name; each is a TOML file beside this module."""
 
+NOT_PLAIN = ("Compose", "Lambda", "RandomApply", "RandomChoice", "RandomOrder")
+"""Operations whose arguments are operations or functions."""
+
 Operation = dict[str, Any]
 
 
@@ -111,6 +114,8 @@ def _build_operation(operation: Mapping[str, Any]) -> v2.Transform:
     kind = getattr(v2, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(kind, type) or not issubclass(kind, v2.Transform) or kind is v2.Transform:
         raise SpecError(f"unknown operation {name!r}; expected the name of a transform in torchvision.transforms.v2")
+    if name in NOT_PLAIN:
+        raise SpecError(f"the operation {name!r} is not supported: it holds other operations or code, and a recipe is plain data")
     if "interpolation" in arguments:
         arguments["interpolation"] = _interpolation(arguments["interpolation"])
     try:

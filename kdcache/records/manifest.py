@@ -276,10 +276,10 @@ class Manifest:
         if not isinstance(version, str) or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
             raise FormatError(f"{where}: expected format {FORMAT_VERSION.split('.')[0]}.x, found {version!r}; a newer kdcache may read it")
         digest = document.pop("digest", None)
-        if digest != sha256(canonical_json(document)):
+        if digest != _digest(document):
             raise IntegrityError(f"{where} is damaged or was edited: its digest does not match; pull or dump the cache again")
         known = {name: document.pop(name) for name in cls.__dataclass_fields__ if name != "extra" and name in document}
-        recipe_key = sha256(canonical_json(known.get("recipe")))
+        recipe_key = _digest(known.get("recipe"))
         manifest = from_json(cls, {**known, "extra": document}, where=where)
         if manifest.recipe_key != recipe_key:
             raise IntegrityError(f"{where}: the recipe key is {manifest.recipe_key}, but the recipe's digest is {recipe_key}")
@@ -304,6 +304,14 @@ def _leaves(document: Any, path: str = "") -> dict[str, str]:
     for key, value in children:
         leaves |= _leaves(value, f"{path}.{key}" if path else str(key))
     return leaves
+
+
+def _digest(document: object) -> str | None:
+    """The digest of a JSON value; None for one that has no canonical form (NaN, infinity, lone surrogates)."""
+    try:
+        return sha256(canonical_json(document))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parse_object(data: bytes, where: str) -> dict[str, Any]:

@@ -15,13 +15,21 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     Temporary file, fsync, rename, fsync of the directory.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a folder and those above it, each entry synced into the one that holds it."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -44,7 +52,7 @@ def exclusive_lock(path: Path, *, holder: str) -> Iterator[None]:
     Raises:
         CacheBusyError: Another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.records.errors import CacheNotFoundError, IncompleteCacheError, IntegrityError, MismatchError
+from kdcache.records.consistency import check_manifest
+from kdcache.records.errors import CacheNotFoundError, FormatError, IncompleteCacheError, IntegrityError, MismatchError
 from kdcache.records.hashing import sha256_file
 from kdcache.records.manifest import MANIFEST_NAME, FieldRecord, FileRecord, Manifest
 from kdcache.store.ledger import read_plan
@@ -27,7 +28,10 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST_NAME
     if path.is_file():
-        return Manifest.from_bytes(path.read_bytes(), where=str(path))
+        manifest = Manifest.from_bytes(path.read_bytes(), where=str(path))
+        check_manifest(manifest, where=str(path))
+        _check_chunks_listed(manifest, where=str(path))
+        return manifest
     begun = read_plan(root)
     if begun is not None:
         plan, done = begun
@@ -138,6 +142,25 @@ class CacheReader:
                 raise IntegrityError(f"{self.root / path}: {problem}; `kdcache verify {self.root}` lists all damage")
             self._chunks[path] = map_chunk(self.root, record, field, self.manifest.grid)
         return self._chunks[path]
+
+
+def _check_chunks_listed(manifest: Manifest, *, where: str) -> None:
+    """Every chunk of every array is listed, and each block lists its own."""
+    grid = manifest.grid
+    per_view = [field for field in manifest.fields if field.per_view]
+    expected = [
+        {chunk_path(field, sample_block=block.sample_block, view=view) for field in per_view for view in range(*block.views)}
+        for block in grid.blocks()
+    ]
+    listed = [{file.path for file in record.files} for record in manifest.blocks]
+    whole = {
+        chunk_path(field, sample_block=index, view=None)
+        for field in manifest.fields
+        if not field.per_view
+        for index in range(grid.num_sample_blocks)
+    }
+    if listed != expected or not whole <= {file.path for file in manifest.metadata_files}:
+        raise FormatError(f"{where}: the files that are listed are not the chunk files of the arrays; dump or pull the cache again")
 
 
 def _file_problem(root: Path, record: FileRecord) -> str | None:

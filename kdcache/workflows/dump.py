@@ -19,7 +19,7 @@ from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import collate_views, to_unit_range
 from kdcache.learning.views import SeededViews, library_versions, make_views
-from kdcache.records.errors import ConfigError, TeacherError
+from kdcache.records.errors import ConfigError, MismatchError, TeacherError
 from kdcache.records.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -108,13 +108,14 @@ def dump(
     Raises:
         SpecError: Unknown dataset, pipeline or codec.
         CheckpointError: The teacher cannot be loaded.
-        MismatchError: Teacher and dataset have different class counts.
+        MismatchError: Teacher and dataset have different class counts, or a label is no class.
         CacheBusyError: Another process dumps there.
         CacheExistsError: Another recipe's cache is there; the differing fields are listed.
         TeacherError: The teacher gave NaN, infinity or a wrong shape; the sample is named, its block not written.
     """
     progress = progress or Silent()
     dataset = open_dataset(Spec.parse(data), trusted=True)
+    _check_labels(dataset)
     loaded = load_for(dataset, teacher, arch=arch)
     torch_device = resolve_device(device)
     arithmetic = resolve_precision(precision, torch_device)
@@ -134,7 +135,6 @@ def dump(
         dataset, seeded_views, loaded.model.to(torch_device), target_codec, batch_size=batch_size, precision=arithmetic, device=torch_device
     )
     provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=torch_device, command=command)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with BlockLedger.open(out, plan) as ledger:
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.from_bytes((out / MANIFEST_NAME).read_bytes(), where=str(out / MANIFEST_NAME))
@@ -280,6 +280,16 @@ def _statistics(blocks: tuple[BlockRecord, ...], dataset: Dataset) -> Statistics
     )
 
 
+def _check_labels(dataset: Dataset) -> None:
+    """Before any teacher work: a label that is no class could not be stored."""
+    bad = np.flatnonzero((dataset.labels < 0) | (dataset.labels >= dataset.num_classes))
+    if len(bad):
+        raise MismatchError(
+            f"expected labels from 0 to {dataset.num_classes - 1}, found {dataset.labels[bad[0]]} at sample {bad[0]}"
+            f" ({len(bad)} samples in all)"
+        )
+
+
 def _teacher_record(loaded: LoadedModel, dataset: Dataset, precision: Precision) -> TeacherRecord:
     return TeacherRecord(spec=str(loaded.spec), sha256=loaded.sha256, num_classes=dataset.num_classes, precision=precision)
 
@@ -305,9 +315,15 @@ def _provenance(teacher: Path, data: Spec, *, batch_size: int, device: torch.dev
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         batch_size=batch_size,
         versions={"python": platform.python_version(), "numpy": np.__version__, **library_versions()},
-        teacher_file=str(teacher),
-        dataset_spec=str(data),
+        teacher_file=str(teacher).encode("utf-8", "replace").decode(),
+        dataset_spec=str(_with_absolute_root(data)),
     )
+
+
+def _with_absolute_root(data: Spec) -> Spec:
+    """So that training finds the dataset from any folder of this machine."""
+    root = data.options.get("root")
+    return data if root is None else data.with_options(root=str(Path(str(root)).absolute()))
 
 
 def _user() -> str:

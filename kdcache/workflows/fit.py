@@ -61,7 +61,7 @@ def fit(
         raise ConfigError(f"expected --out to end in .safetensors, found {out}")
     data_spec = Spec.parse(data)
     dataset = open_dataset(data_spec, trusted=True)
-    held_out = open_held_out(data_spec, eval_data)
+    held_out = open_held_out(data_spec, eval_data, trusted=True)
     spec = resolve_model_spec(Spec.parse(model), num_classes=dataset.num_classes, image_shape=dataset.image_shape)
     files = RunFiles.beside(out)
     files.begin({"model": model, "data": data, "augment": augment, "eval_data": eval_data or "", **options.config()})
@@ -98,10 +98,12 @@ def fit(
     return _result(out, files, rows)
 
 
-def open_held_out(data: Spec, eval_data: str | None) -> Dataset | None:
-    """The held-out set: as asked for, else the training set's own, else None."""
-    spec = Spec.parse(eval_data) if eval_data else test_split(data)
-    return None if spec is None else open_dataset(spec, trusted=True)
+def open_held_out(data: Spec, eval_data: str | None, *, trusted: bool) -> Dataset | None:
+    """The held-out set: as asked for, else the training set's own, else None; `trusted`: whether the user typed `data`."""
+    if eval_data:
+        return open_dataset(Spec.parse(eval_data), trusted=True)
+    own = test_split(data)
+    return None if own is None else open_dataset(own, trusted=trusted)
 
 
 def _result(out: Path, files: RunFiles, rows: list[Row]) -> FitResult:

@@ -112,7 +112,7 @@ def train(
     gather = opened.join(dataset)
     if not allow_changed_pixels:
         opened.check_probes(dataset)
-    held_out = open_held_out(data_spec, eval_data)
+    held_out = open_held_out(data_spec, eval_data, trusted=data is not None)
     _warn_of_low_mass(opened, distillation, progress)
     loader = ViewLoader(
         dataset,

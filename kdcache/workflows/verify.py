@@ -68,7 +68,7 @@ def info(cache: Path) -> CacheInfo:
         recipe, grid, done = manifest.recipe, manifest.grid, len(manifest.blocks)
     return CacheInfo(
         path=cache,
-        recipe_key=recipe.key,
+        recipe_key=manifest.recipe_key if manifest else recipe.key,
         recipe=recipe,
         num_views=grid.num_views,
         blocks_done=done,

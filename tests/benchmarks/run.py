@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kdcache.data import embedded_teacher
 
 import kdcache
-from kdcache.data import embedded_teacher
 from kdcache.learning.checkpoints import load_model
 from kdcache.learning.datasets import open_dataset
 from kdcache.learning.loader import ViewLoader, to_unit_range
@@ -113,7 +113,6 @@ def bench_gather(folder: Path) -> list[str]:
     rows = {name: np.tile(array, (4, 1))[None] for name, array in arrays.items()}
 
     from kdcache.store.reader import CacheReader
-    from kdcache.records.manifest import Manifest
 
     made = kdcache.Manifest.from_bytes((folder / "dump" / "manifest.json").read_bytes(), where="benchmark")
     files = []
@@ -126,9 +125,7 @@ def bench_gather(folder: Path) -> list[str]:
     from dataclasses import replace
 
     block = made.blocks[0]
-    manifest = replace(
-        made, grid=grid, fields=fields, blocks=tuple(replace(block, files=records) for records in files), metadata_files=()
-    )
+    manifest = replace(made, grid=grid, fields=fields, blocks=tuple(replace(block, files=records) for records in files), metadata_files=())
     (folder / "big" / "manifest.json").write_bytes(manifest.to_bytes())
     reader = CacheReader(folder / "big")
     names = [field.name for field in fields]

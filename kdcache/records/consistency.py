@@ -1,0 +1,69 @@
+"""What a manifest must keep to beyond its types. A cache may come from anywhere, so nothing in it is taken on trust."""
+
+import re
+from collections.abc import Iterator
+
+from kdcache.records.errors import FormatError
+from kdcache.records.manifest import FieldRecord, Manifest
+
+DTYPES = ("uint8", "uint16", "uint32", "float16", "float32")
+"""The only array types of format 1.0. Anything else could make NumPy read memory that is not data."""
+
+KEY_BYTES = 16
+LARGEST_BLOCK_BYTES = 2**31
+"""No writer makes chunk files near this; a larger one is a mistake or an attack."""
+
+
+def check_manifest(manifest: Manifest, *, where: str) -> None:
+    """Refuses a manifest that contradicts itself, leaves a block out, or names files outside its directory.
+
+    Raises:
+        FormatError: Says which rule is broken.
+    """
+    for problem in _problems(manifest):
+        raise FormatError(f"{where}: {problem}; this cache was not written by kdcache, or was edited")
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    grid = manifest.grid
+    if min(grid.num_samples, grid.num_views, grid.block_samples, grid.block_views) < 1:
+        yield f"expected positive numbers in the grid, found {grid}"
+    if grid.num_samples != manifest.recipe.dataset.num_samples:
+        yield f"the grid has {grid.num_samples} samples, the recipe {manifest.recipe.dataset.num_samples}"
+    yield from (problem for field in manifest.fields for problem in _field_problems(field, grid.block_samples))
+    fields = {field.name: field for field in manifest.fields}
+    if len(fields) != len(manifest.fields) or not {"key", "label"} <= fields.keys():
+        yield f"expected each field once, with 'key' and 'label' among them, found {[field.name for field in manifest.fields]}"
+    elif (fields["key"].dtype, fields["key"].inner, fields["key"].per_view) != ("uint8", (KEY_BYTES,), False):
+        yield f"expected 'key' as {KEY_BYTES} uint8 a sample, found {fields['key']}"
+    elif fields["label"].inner or fields["label"].per_view or not fields["label"].dtype.startswith("uint"):
+        yield f"expected 'label' as one unsigned integer a sample, found {fields['label']}"
+    yield from _file_problems(manifest)
+    for probe in manifest.probes:
+        if not (0 <= probe.row < grid.num_samples and 0 <= probe.view < grid.num_views):
+            yield f"a probe is outside the grid: {probe}"
+
+
+def _field_problems(field: FieldRecord, block_samples: int) -> Iterator[str]:
+    if field.dtype not in DTYPES:
+        yield f"expected the field {field.name!r} to have a type of {', '.join(DTYPES)}, found {field.dtype!r}"
+    if not re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*", field.name):
+        yield f"expected a field's name in letters, digits and underscores, found {field.name!r}"
+    if any(length < 1 for length in field.inner) or len(field.inner) != len(field.inner_names):
+        yield f"expected positive, named inner axes for {field.name!r}, found {field.inner} and {field.inner_names}"
+    size = 4 * block_samples
+    for length in field.inner:
+        size *= length
+    if size > LARGEST_BLOCK_BYTES:
+        yield f"chunk files of {field.name!r} would have up to {size} bytes"
+
+
+def _file_problems(manifest: Manifest) -> Iterator[str]:
+    paths = [file.path for file in manifest.files]
+    for path in paths:
+        if path.startswith("/") or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+            yield f"expected file paths inside the cache's directory, found {path!r}"
+    if len(set(paths)) != len(paths):
+        yield "a file is listed twice"
+    if [record.block for record in manifest.blocks] != list(manifest.grid.blocks()):
+        yield f"expected the {len(manifest.grid.blocks())} blocks of the grid in order, found {len(manifest.blocks)}"
