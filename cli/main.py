@@ -74,3 +74,11 @@ def main() -> None:
             raise
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone, as `head` does
+        sys.exit(1)
+    except OSError as error:
+        if os.environ.get("KDCACHE_DEBUG"):
+            raise
+        click.echo(f"error: {error}", err=True)  # a full disk, no permission: the system's own words are clear
+        sys.exit(1)

@@ -11,7 +11,6 @@ from commands import KDCACHE, environment, kdcache, kdcache_json
 from kdcache.data import embedded_teacher
 
 COMMANDS = ("demo", "fit", "dump", "train", "evaluate", "info", "verify", "models")
-SRC = Path(__file__).parents[1]
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
@@ -100,6 +99,13 @@ def test_models_lists_presets_and_torchvision(tmp_path: Path) -> None:
     specs = {item["spec"]: item["num_parameters"] for item in kdcache_json("models", "--all", cwd=tmp_path)["models"]}
     assert specs["tiny"] < specs["small"] < specs["medium"] < specs["large"]
     assert "torchvision:resnet50" in specs
+
+
+def test_errors_of_the_system_are_one_line(tmp_path: Path) -> None:
+    """A path that cannot be written exits 1 with the system's own words and no traceback."""
+    (tmp_path / "file").write_text("")
+    fit = ("fit", "--model", "tiny", "--data", "fashion-mini,split=test", "--epochs", "1", "--out", "file/below.safetensors")
+    assert "file" in kdcache(*fit, cwd=tmp_path, exits=1).stderr
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_another_configuration_in_the_same_folder_is_refused(folder: Path) -> No
     assert "lr: 0.1 → 0.05" in refused.stderr
 
 
+def test_a_finished_run_of_another_cache_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
+    """Where another cache lies at the same path now, the weights of the old one are refused, not given back."""
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    arguments = ("train", "--student", "tiny", "--cache", "cache", "--epochs", "1", "--out", "run")
+    kdcache(*arguments, cwd=tmp_path)
+    assert "finished already" in kdcache(*arguments, cwd=tmp_path).stderr
+    shutil.rmtree(tmp_path / "cache")
+    dump = ("dump", "--teacher", embedded_teacher(), "--data", "fashion-mini", "--views", "1", "--codec", "topk,k=3")
+    kdcache(*dump, "--out", "cache", cwd=tmp_path)
+    assert "recipe_key" in kdcache(*arguments, cwd=tmp_path, exits=3).stderr
+
+
 def test_configuration_file_environment_and_flags(folder: Path) -> None:
     """Flags beat the environment, which beats --config, which beats defaults; an unknown key exits 2."""
     (folder / "run.toml").write_text("epochs = 1\nbatch-size = 500\nlr = 0.03\nseed = 4\n")

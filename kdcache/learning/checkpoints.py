@@ -64,6 +64,19 @@ def save_model(path: Path, model: nn.Module, *, spec: Spec, metadata: dict[str, 
     write_atomically(path, save(network_state(model), metadata={**metadata, "arch": str(spec)}))
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a `.safetensors` file says of itself; reads the header only.
+
+    Raises:
+        CheckpointError: It is not readable.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def load_model(path: Path, *, num_classes: int, image_shape: tuple[int, int, int], arch: Spec | None = None) -> LoadedModel:
     """Reads a model file and builds its network. Never executes anything from the file.
 
@@ -94,9 +107,8 @@ def load_model(path: Path, *, num_classes: int, image_shape: tuple[int, int, int
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    metadata = read_metadata(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
         return load_file(path), metadata
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error

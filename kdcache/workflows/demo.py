@@ -22,8 +22,8 @@ DATA = "fashion-mini"
 STUDENT = "small"
 VIEWS = 8
 CODEC = "topk,k=5"
-EPOCHS = 32
-DISTILLATION = DistillationOptions(temperature=4.0, alpha=0.9)
+EPOCHS = 24
+DISTILLATION = DistillationOptions(temperature=2.0, alpha=0.9)
 
 Result = TypeVar("Result")
 

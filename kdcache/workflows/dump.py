@@ -132,7 +132,13 @@ def dump(
         batch_size=batch_size,
     )
     worker = _BlockWorker(
-        dataset, seeded_views, loaded.model.to(torch_device), target_codec, batch_size=batch_size, precision=arithmetic, device=torch_device
+        dataset,
+        seeded_views,
+        loaded.model.to(torch_device).to(memory_format=torch.channels_last),
+        target_codec,
+        batch_size=batch_size,
+        precision=arithmetic,
+        device=torch_device,
     )
     provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=torch_device, command=command)
     with BlockLedger.open(out, plan) as ledger:

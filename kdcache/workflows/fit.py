@@ -13,7 +13,7 @@ from kdcache.records.errors import ConfigError
 from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
 from kdcache.workflows.devices import resolve_device
-from kdcache.workflows.learner import Learner, Outputs, TrainingOptions, run_training
+from kdcache.workflows.learner import Learner, Outputs, TrainingOptions, is_finished, run_training
 from kdcache.workflows.runs import Row, RunFiles
 
 
@@ -65,7 +65,9 @@ def fit(
     spec = resolve_model_spec(Spec.parse(model), num_classes=dataset.num_classes, image_shape=dataset.image_shape)
     files = RunFiles.beside(out)
     files.begin({"model": model, "data": data, "augment": augment, "eval_data": eval_data or "", **options.config()})
-    if out.exists() and files.metrics.exists() and not files.checkpoint.exists():
+    record = dataset.record()
+    output = Outputs(last=out, best=None, metadata={"trained_on": record.spec, "dataset": record.sha256})
+    if is_finished([output], files):
         progress.note(f"{out} is finished already")
         return _result(out, files, files.read_metrics())
     loader = ViewLoader(
@@ -84,7 +86,6 @@ def fit(
         num_steps=options.epochs * len(loader),
         warmup_steps=round(options.warmup_epochs * len(loader)),
     )
-    output = Outputs(last=out, best=None, metadata={"trained_on": str(dataset.record().spec), "dataset": dataset.record().sha256})
     rows = run_training(
         [learner],
         [output],

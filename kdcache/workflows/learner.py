@@ -1,5 +1,6 @@
 """The training loop that `fit` and `train` share: any number of learners, each with its own optimizer, over one loader."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,11 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kdcache.learning.checkpoints import save_model
+from kdcache.learning.checkpoints import read_metadata, save_model
 from kdcache.learning.datasets import Dataset
 from kdcache.learning.loader import Batch, ViewLoader
 from kdcache.learning.models import build_model
-from kdcache.records.errors import ConfigError
+from kdcache.records.errors import ConfigError, ExistsError
+from kdcache.records.manifest import recipe_differences
 from kdcache.records.progress import Progress
 from kdcache.records.specs import Spec
 from kdcache.workflows.devices import Precision, autocast, resolve_device, resolve_precision
@@ -65,6 +67,17 @@ class TrainingOptions:
         return asdict(self)
 
 
+def learning_rate_factor(step: int, *, num_steps: int, warmup_steps: int) -> float:
+    """The learning rate of a step as a share of the largest: a linear warm-up, then a cosine that ends near zero.
+
+    Source: cosine annealing without restarts, Loshchilov and Hutter, SGDR, arXiv 1608.03983, equation 5.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
 class Learner:
     """A network in training, with its own optimizer and schedule.
 
@@ -85,15 +98,8 @@ class Learner:
             self.model = build_model(spec, trusted=True)
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = _make_optimizer(self.model, options)
-        self._scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            max_lr=options.lr,
-            total_steps=max(num_steps, 2),
-            pct_start=min(0.9, max(warmup_steps, 1) / max(num_steps, 2)),
-            anneal_strategy="cos",
-            cycle_momentum=False,
-            div_factor=10,
-            final_div_factor=1000,
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(step, num_steps=num_steps, warmup_steps=warmup_steps)
         )
 
     def step(self, batch: Batch, loss: Loss) -> Tensor:
@@ -153,7 +159,7 @@ def run_training(
     Returns:
         One row for each epoch and learner: what `metrics.jsonl` holds.
     """
-    first_epoch, rows = _restore(learners, files)
+    first_epoch, rows = _restore(learners, outputs, files)
     for epoch in range(first_epoch, options.epochs):
         started = time.perf_counter()
         sums = torch.zeros(len(learners))
@@ -168,17 +174,41 @@ def run_training(
             _save_weights(learner, output, row, rows, last=epoch + 1 == options.epochs)
             rows.append(row)
             progress.note(_epoch_line(row, options.epochs))
-        files.save({"epoch": epoch + 1, "learners": [learner.state() for learner in learners]}, rows)
+        state = {"epoch": epoch + 1, "learners": [learner.state() for learner in learners], "origins": [item.metadata for item in outputs]}
+        files.save(state, rows)
     files.write_metrics(rows)
     files.finish()
     return rows
 
 
-def _restore(learners: Sequence[Learner], files: RunFiles) -> tuple[int, list[Row]]:
+def is_finished(outputs: Sequence[Outputs], files: RunFiles) -> bool:
+    """Whether a run with this configuration has ended here.
+
+    Raises:
+        ExistsError: It has, but it learned from another cache or dataset, which lay in the same place.
+    """
+    if files.checkpoint.exists() or not files.metrics.exists() or not all(output.last.exists() for output in outputs):
+        return False
+    for output in outputs:
+        found = read_metadata(output.last)
+        _require_origin({key: found.get(key, "") for key in output.metadata}, output)
+    return True
+
+
+def _require_origin(found: dict[str, str], output: Outputs) -> None:
+    differences = recipe_differences(found, output.metadata)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ExistsError(f"{output.last} comes from other data; choose another --out or remove it. Differing:\n  {listed}")
+
+
+def _restore(learners: Sequence[Learner], outputs: Sequence[Outputs], files: RunFiles) -> tuple[int, list[Row]]:
     loaded = files.load()
     if loaded is None:
         return 0, []
     state, rows = loaded
+    for output, origin in zip(outputs, state["origins"], strict=True):
+        _require_origin(origin, output)
     for learner, saved in zip(learners, state["learners"], strict=True):
         learner.restore(saved)
     return state["epoch"], rows

@@ -20,7 +20,7 @@ from kdcache.records.specs import Spec
 from kdcache.targets.soft_targets import check_temperature
 from kdcache.workflows.devices import resolve_device
 from kdcache.workflows.fit import open_held_out
-from kdcache.workflows.learner import Learner, Outputs, TrainingOptions, run_training
+from kdcache.workflows.learner import Learner, Outputs, TrainingOptions, is_finished, run_training
 from kdcache.workflows.runs import Row, RunFiles
 
 LOW_MASS = 0.5
@@ -141,7 +141,7 @@ def train(
             **options.config(),
         }
     )
-    if not files.checkpoint.exists() and all(output.last.exists() for output in outputs):
+    if is_finished(outputs, files):
         progress.note(f"{out} is finished already")
         return _result(learners, outputs, files, files.read_metrics())
 
