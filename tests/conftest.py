@@ -33,7 +33,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 HOOKED = ("kdcache.targets", "kdcache.learning")
 assert not any(name.startswith(HOOKED) for name in sys.modules), "imported before the shapes could be enforced"
 install_import_hook(list(HOOKED), f"{__name__}.checked")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors are small here: a second thread costs more than it gives, many times so on a busy machine
 
 
 @pytest.fixture(scope="session")

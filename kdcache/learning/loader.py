@@ -73,6 +73,7 @@ class ViewLoader:
             collate_fn=collate_views,
             persistent_workers=num_workers > 0,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # PyTorch draws a seed from it at each epoch: not from the caller's stream
         )
 
     def __len__(self) -> int:
@@ -123,8 +124,11 @@ class _EpochOrder:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(stable_integer("order", self.seed, self.epoch))
         order = torch.randperm(self.num_samples, generator=generator).tolist()
+        return self._batches(order, self.view)  # the epoch is fixed now, not when the first batch is asked for
+
+    def _batches(self, order: list[int], view: int) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, self.num_batches * self.batch_size, self.batch_size):
-            yield [(row, self.view) for row in order[start : start + self.batch_size]]
+            yield [(row, view) for row in order[start : start + self.batch_size]]
 
 
 class _ViewDataset(torch.utils.data.Dataset[Any]):

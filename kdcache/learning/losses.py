@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kdcache.records.errors import ConfigError
+from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.targets.soft_targets import SoftTargets, check_temperature
 
 Tail = Literal["bucket", "uniform", "renormalize"]
@@ -40,23 +40,25 @@ def kd_loss(
 
     Raises:
         ConfigError: Unknown policy, or a temperature that is not positive.
-        ValueError: The student has another number of classes than the teacher.
+        MismatchError: Student and teacher differ in the number of classes or of records.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2 (the factor T² keeps the
-        gradient's size); bucket: as `add_tail_bucket` in sparse distillation practice; uniform: Shen and Xing, A Fast
-        Knowledge Distillation Framework (FKD), arXiv 2112.01528, label smoothing variant.
+        gradient's size); `uniform` is the smoothed label of Shen and Xing, A Fast Knowledge Distillation Framework,
+        arXiv 2112.01528, section 3; both bounds follow from the triangle inequality over the classes that were not kept.
     """
     check_temperature(temperature)
     if student_logits.shape[-1] != soft.num_classes:
-        raise ValueError(f"the student gives {student_logits.shape[-1]} logits, the teacher's targets have {soft.num_classes} classes")
+        raise MismatchError(f"the student gives {student_logits.shape[-1]} logits, the teacher's targets have {soft.num_classes} classes")
     if tail not in TAILS:
         raise ConfigError(f"unknown tail policy {tail!r}; expected one of: {', '.join(TAILS)}")
+    if student_logits.shape[:-1] != soft.log_probs.shape[:-1]:
+        found = list(soft.log_probs.shape[:-1])
+        raise MismatchError(f"the student gives {list(student_logits.shape[:-1])} records, the teacher's targets hold {found}")
     log_q = (student_logits / temperature).log_softmax(dim=-1)
     p, mass = soft.probs_at(temperature)
     log_q_kept = log_q if soft.index is None else log_q.gather(-1, soft.index)
     if soft.keeps_all or tail == "renormalize":
-        p = p / p.sum(dim=-1, keepdim=True)
-        divergence = _kl_terms(p, log_q_kept)
+        divergence = _kl_terms((soft.log_probs / temperature).softmax(dim=-1), log_q_kept)
     elif tail == "bucket":
         assert soft.index is not None
         log_q_tail = log_q.scatter(-1, soft.index, -torch.inf).logsumexp(dim=-1)

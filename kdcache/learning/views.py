@@ -25,6 +25,9 @@ PIPELINES = ("none", "crop-flip", "rrc-flip")
 NOT_PLAIN = ("Compose", "Lambda", "RandomApply", "RandomChoice", "RandomOrder")
 """Operations whose arguments are operations or functions."""
 
+TRIALS = 8
+"""Views of a black image on which a pipeline is tried out."""
+
 Operation = dict[str, Any]
 
 
@@ -102,9 +105,24 @@ def resolve_pipeline(augment: str, *, image_shape: tuple[int, int, int]) -> tupl
         raise SpecError(f"{augment}: expected only [[ops]] tables, each with op = NAME, found the keys {sorted(document)}")
     size = list(image_shape[1:])
     resolved = tuple({key: size if value == "input" else value for key, value in op.items()} for op in operations)
-    for op in resolved:
-        _build_operation(op)
+    _try_out(augment, resolved, image_shape)
     return resolved
+
+
+def _try_out(augment: str, pipeline: tuple[Operation, ...], image_shape: tuple[int, int, int]) -> None:
+    """Runs a few views of a black image: what does not make an image of an image is refused now, not in the middle of a dump."""
+    views = SeededViews(ViewsRecord(pipeline=pipeline, seed=0, versions={}))
+    black = torch.zeros(image_shape, dtype=torch.uint8)
+    for view in range(TRIALS):
+        try:
+            made = views(black, b"", view)
+        except Exception as error:  # whatever an operation raises, the user's arguments are the cause
+            raise SpecError(f"{augment} fails on an image of {list(image_shape)}: {type(error).__name__}: {error}") from error
+        if not isinstance(made, Tensor) or made.dtype != torch.uint8 or made.ndim != 3:
+            found = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise SpecError(
+                f"{augment}: expected one uint8 image [channels, height, width], found {found}; kdcache scales, networks normalise"
+            )
 
 
 def _build_operation(operation: Mapping[str, Any]) -> v2.Transform:
@@ -120,7 +138,7 @@ def _build_operation(operation: Mapping[str, Any]) -> v2.Transform:
         arguments["interpolation"] = _interpolation(arguments["interpolation"])
     try:
         return kind(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise SpecError(f"{name}: {error}; given were {arguments}") from error
 
 

@@ -49,7 +49,7 @@ def _read(kind: Any, value: object, where: str) -> object:
     if origin is dict:
         entries = _expect(dict, value, where)
         return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= 2**53:
         return float(value)
     return _expect(type(None) if kind is None else kind, value, where)
 

@@ -5,6 +5,7 @@ sorted by name), so equal specs hash equally.
 """
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,10 @@ from typing import Self
 
 from kdcache.records.errors import SpecError
 
-type_names = "None, True, False, a number, a string, or a tuple or list of these"
+VALUE_KINDS = "None, True, False, a number, a string, or a tuple or list of these"
 Value = None | bool | int | float | str | tuple["Value", ...]
 
-_OPENING, _CLOSING = "([", ")]"
+_BRACKETS = {"(": 1, "[": 1, ")": -1, "]": -1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,14 +42,15 @@ class Spec:
         Raises:
             SpecError: The name is empty, or an option is not `key=value` or is given twice.
         """
-        head, *rest = _split_commas(text.strip())
+        head, comma, rest = text.strip().partition(",")
+        head = head.strip()
         source, colon, name = head.partition(":")
         if not colon or not re.fullmatch(r"[a-z][a-z0-9]*", source):
             source, name = "", head
         if not name:
             raise SpecError(f"the spec {text!r} has no name: expected SOURCE:NAME[,key=value]*, such as 'small'")
         options: dict[str, Value] = {}
-        for item in rest:
+        for item in _split_options(rest, text) if comma else ():
             key, equals, value = item.partition("=")
             key = key.strip().replace("-", "_")
             if not equals or not key.isidentifier():
@@ -86,22 +88,25 @@ class Spec:
             raise SpecError(f"{self}: unknown option {', '.join(unknown)}; {self.name} takes: {accepted}")
 
 
-def _split_commas(text: str) -> Iterator[str]:
-    """Splits at the commas that are outside brackets and quotes."""
-    depth, quote, start = 0, "", 0
-    for position, character in enumerate(text):
+def _split_options(rest: str, text: str) -> Iterator[str]:
+    """Splits what follows the name at the commas that are outside brackets and quotes."""
+    depth, quote, escaped, start = 0, "", False, 0
+    for position, character in enumerate(rest):
         if quote:
-            quote = "" if character == quote else quote
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
         elif character in "'\"":
             quote = character
-        elif character in _OPENING:
-            depth += 1
-        elif character in _CLOSING:
-            depth -= 1
+        elif character in _BRACKETS:
+            depth += _BRACKETS[character]
         elif character == "," and depth == 0:
-            yield text[start:position]
+            yield rest[start:position]
             start = position + 1
-    yield text[start:]
+        if depth < 0:
+            break
+    if quote or depth:
+        raise SpecError(f"in the spec {text!r}: a quote or bracket has no partner; put the value in quotes: key='…'")
+    yield rest[start:]
 
 
 def _parse_value(text: str) -> Value:
@@ -113,15 +118,33 @@ def _parse_value(text: str) -> Value:
 
 
 def _freeze(value: object, text: str) -> Value:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"the value {text!r} is not finite; expected {VALUE_KINDS}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):
         return tuple(_freeze(item, text) for item in value)
-    raise SpecError(f"the value {text!r} is of a kind that a spec cannot hold: expected {type_names}")
+    raise SpecError(f"the value {text!r} is of a kind that a spec cannot hold: expected {VALUE_KINDS}")
 
 
 def _format_value(value: Value) -> str:
+    """A string stands without quotes where it would be read as itself."""
     if not isinstance(value, str):
-        return repr(value).replace(" ", "")
-    plain = value and value == value.strip() and not set(value) & set(",()[]'\"") and _parse_value(value) == value
+        return _literal(value)
+    plain = value and value == value.strip() and not set(value) & set(",()[]{}'\"") and _is_no_literal(value)
     return value if plain else repr(value)
+
+
+def _literal(value: Value) -> str:
+    if not isinstance(value, tuple):
+        return repr(value)
+    items = [_literal(item) for item in value]
+    return f"({items[0]},)" if len(items) == 1 else f"({','.join(items)})"
+
+
+def _is_no_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return True
+    return False

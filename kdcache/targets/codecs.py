@@ -11,7 +11,7 @@ from torch import Tensor
 from kdcache.records.errors import SpecError
 from kdcache.records.manifest import FieldRecord
 from kdcache.records.specs import Spec
-from kdcache.targets.soft_targets import SoftTargets, check_temperature
+from kdcache.targets.soft_targets import SoftTargets
 
 Arrays = Mapping[str, Tensor]
 
@@ -183,10 +183,10 @@ def _make_topk(spec: Spec, num_classes: int) -> TopK:
         raise SpecError(f"{spec}: expected k from 1 to the class count {num_classes}, found {k!r}")
     given = spec.options.get("temperatures", (1.0, 2.0, 4.0))
     temperatures = tuple(sorted({_number(spec, item) for item in (given if isinstance(given, tuple) else (given,))}))
-    for temperature in temperatures:
-        check_temperature(temperature)
     if not temperatures:
         raise SpecError(f"{spec}: expected at least one temperature")
+    if not all(math.isfinite(temperature) and temperature > 0 for temperature in temperatures):
+        raise SpecError(f"{spec}: expected a positive temperature, found {given!r}")
     gap_range = _number(spec, spec.options.get("gap_range", 32.0))
     if not (math.isfinite(gap_range) and gap_range > 0):
         raise SpecError(f"{spec}: expected a positive gap_range, found {gap_range}")

@@ -20,9 +20,9 @@ from kdcache.workflows.verify import info
 
 DATA = "fashion-mini"
 STUDENT = "small"
-VIEWS = 8
+VIEWS = 6
 CODEC = "topk,k=5"
-EPOCHS = 24
+EPOCHS = 20
 DISTILLATION = DistillationOptions(temperature=2.0, alpha=0.9)
 
 Result = TypeVar("Result")
