@@ -249,5 +249,5 @@ def test_a_folder_of_images_opens(tmp_path: Path) -> None:
 )
 def test_held_out_split_by_convention(spec: str, held_out_spec: str | None) -> None:
     """A training set's held-out split follows from the dataset's own convention, and from nothing where there is none."""
-    found = datasets.test_split(Spec.parse(spec))
+    found = datasets.held_out_split(Spec.parse(spec))
     assert (None if found is None else str(found)) == held_out_spec

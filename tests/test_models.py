@@ -1,6 +1,8 @@
 """Networks and model files: what is built, what is saved, and what is refused."""
 
+import contextlib
 import os
+import random
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -107,7 +109,7 @@ def test_normalisation_belongs_to_the_network() -> None:
     [
         ("huge,num_classes=3", "unknown model 'huge,num_classes=3'; expected one of: tiny, small, medium, large, torchvision:NAME"),
         ("timm:vit", "unknown model 'timm:vit'"),
-        ("torchvision:resnet19", "Unknown model resnet19; `kdcache models` lists the names"),
+        ("torchvision:resnet19", "Unknown model resnet19; `kdcache models --all` lists the names"),
         ("torchvision:resnet18,widht=3", "unexpected keyword argument 'widht'"),
         ("tiny,channels=1,image_size=8", "expected num_classes to be a positive whole number, found None"),
         ("tiny,channels=0,image_size=8,num_classes=3", "expected channels to be a positive whole number, found 0"),
@@ -302,3 +304,31 @@ def test_foreign_safetensors_load_with_an_architecture(network: nn.Module, image
         loaded(tmp_path / "m.safetensors")
     with torch.inference_mode():
         assert torch.equal(loaded(tmp_path / "m.safetensors", arch=TINY).model(images), network(images))
+
+
+def test_a_damaged_file_is_refused_or_loads(network: nn.Module, tmp_path: Path) -> None:
+    """Whatever byte at the start of a `.pt` is damaged, the file loads or is refused by one of kdcache's own errors."""
+    path = tmp_path / "m.pt"
+    torch.save(network_state(network), path)
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(3000)] = generator.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(KdcacheError):
+            loaded(path, arch=TINY)
+
+
+def test_a_file_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that names published weights brings its own: loading it touches no network."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("asked for a download")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    model = build_model(Spec.parse("torchvision:resnet18,num_classes=1000"), trusted=True)
+    spec = Spec.parse("torchvision:resnet18,num_classes=1000,weights=IMAGENET1K_V1")
+    save_model(tmp_path / "m.safetensors", model, spec=spec, metadata={})
+    found = load_model(tmp_path / "m.safetensors", num_classes=1000, image_shape=(3, 8, 8))
+    assert found.sha256 == tensors_digest(network_state(model))

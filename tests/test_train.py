@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import kdcache as library
 
 ROOT = Path(__file__).parents[1]
-TRAIN = ("train", "--student", "tiny", "--cache", "cache", "--epochs", "3", "--batch-size", "250")
+TRAIN = ("train", "--student", "tiny", "--cache", "cache", "--epochs", "3", "--batch-size", "100")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stage-two")
     teacher = folder / "teacher.safetensors"
     shutil.copy(embedded_teacher(), teacher)
-    dump = ("dump", "--teacher", teacher, "--data", "fashion-mini", "--views", "2", "--codec", "topk,k=5")
+    dump = ("dump", "--teacher", teacher, "--data", "fashion-mini,split=test", "--views", "2", "--codec", "topk,k=5")
     kdcache(*dump, "--out", "cache", cwd=folder)
     teacher.unlink()
     return folder
@@ -90,7 +90,7 @@ def test_a_finished_run_of_another_cache_is_not_taken_for_this_one(folder: Path,
     kdcache(*arguments, cwd=tmp_path)
     assert "finished already" in kdcache(*arguments, cwd=tmp_path).stderr
     shutil.rmtree(tmp_path / "cache")
-    dump = ("dump", "--teacher", embedded_teacher(), "--data", "fashion-mini", "--views", "1", "--codec", "topk,k=3")
+    dump = ("dump", "--teacher", embedded_teacher(), "--data", "fashion-mini,split=test", "--views", "1", "--codec", "topk,k=3")
     kdcache(*dump, "--out", "cache", cwd=tmp_path)
     assert "recipe_key" in kdcache(*arguments, cwd=tmp_path, exits=3).stderr
 
@@ -118,18 +118,18 @@ def test_resolved_configuration_repeats_the_run(folder: Path) -> None:
 
 def test_changed_dataset_is_refused_and_a_part_is_fine(folder: Path, tmp_path: Path) -> None:
     """Samples that are not in the cache are counted and named; a re-sorted part of the cached set works."""
-    refused = kdcache(*TRAIN, "--data", "fashion-mini,split=test", "--out", tmp_path / "other", cwd=folder, exits=3)
-    assert "of 2000 samples are not in the cache" in refused.stderr
+    refused = kdcache(*TRAIN, "--data", "fashion-mini", "--out", tmp_path / "other", cwd=folder, exits=3)
+    assert "of 10000 samples are not in the cache" in refused.stderr
     (tmp_path / "part.py").write_text(
         "from kdcache.learning.datasets import open_dataset\n"
         "from kdcache.records.specs import Spec\n"
         "class Part(list):\n"
         "    classes = range(10)\n"
         "def build(step=1):\n"
-        "    whole = open_dataset(Spec.parse('fashion-mini'), trusted=True)\n"
-        "    return Part(whole[row] for row in range(9999, -1, -step))\n"
+        "    whole = open_dataset(Spec.parse('fashion-mini,split=test'), trusted=True)\n"
+        "    return Part(whole[row] for row in range(1999, -1, -step))\n"
     )
-    part = ("--data", "py:part:build,step=5", "--eval-data", "fashion-mini,split=test")
+    part = ("--data", "py:part:build,step=2", "--eval-data", "fashion-mini,split=test")
     kdcache(*TRAIN, *part, "--out", tmp_path / "part", cwd=folder, PYTHONPATH=str(tmp_path))
 
 
@@ -155,7 +155,7 @@ def test_soft_targets_are_the_teachers_answers_to_the_very_views(folder: Path) -
 
     cache = library.Cache(folder / "cache")
     teacher = load_model(embedded_teacher(), num_classes=10, image_shape=(1, 28, 28)).model
-    dataset = open_dataset(Spec.parse("fashion-mini"), trusted=True)
+    dataset = open_dataset(Spec.parse("fashion-mini,split=test"), trusted=True)
     for x, y, soft in cache.batches(dataset, batch_size=500, epochs=2, seed=1):
         with torch.inference_mode():
             live = teacher(x).log_softmax(-1)
@@ -166,7 +166,7 @@ def test_soft_targets_are_the_teachers_answers_to_the_very_views(folder: Path) -
         assert (soft.top1 == y).float().mean() > 0.85
 
 
-def test_readme_python_example_runs(folder: Path, tmp_path: Path) -> None:
+def test_readme_python_example_runs(tmp_path: Path) -> None:
     """The ten lines of Python in the README run as they stand, on the user's own dataset object, and the loss falls."""
     readme = (ROOT / "README.md").read_text()
     example = re.search(r"<!-- test:python -->\n```python\n(.*?)```", readme, re.S)
@@ -174,8 +174,7 @@ def test_readme_python_example_runs(folder: Path, tmp_path: Path) -> None:
     code = example.group(1)
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("import")]) <= 12
     names: dict[str, object] = {}
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(folder / "cache", tmp_path / "runs" / "cache")
+    kdcache("dump", "--teacher", embedded_teacher(), "--data", "fashion-mini", "--views", "2", "--out", "runs/cache", cwd=tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         exec(compile(code, "README.md", "exec"), names)  # noqa: S102

@@ -160,6 +160,7 @@ def probe_view(dataset: Dataset, views: SeededViews, row: int, view: int) -> str
     return sha256(repr((str(image.dtype), tuple(image.shape))).encode() + image.contiguous().numpy().tobytes())
 
 
-def _sortable(keys: NDArray[np.uint8]) -> NDArray[np.void]:
+def _sortable(keys: NDArray[np.uint8]) -> NDArray[np.character]:
     """[samples, 16] bytes as [samples] comparable items."""
-    return np.ascontiguousarray(keys).view(np.dtype((np.bytes_, keys.shape[1]))).ravel()
+    items: NDArray[np.character] = np.ascontiguousarray(keys).view(f"S{keys.shape[1]}").ravel()
+    return items

@@ -112,7 +112,7 @@ def as_image_tensor(image: Any) -> UInt8[Tensor, "channels height width"]:
         MismatchError: It is neither a PIL image nor such a tensor.
     """
     if not isinstance(image, Tensor):
-        if getattr(image, "mode", None) == "P":
+        if getattr(image, "mode", None) in ("P", "PA"):
             image = image.convert("RGB")  # the numbers of a palette are no pixels
         try:
             image = functional.pil_to_tensor(image)
@@ -166,7 +166,7 @@ def open_dataset(spec: Spec, *, trusted: bool) -> Dataset:
     return replace(dataset, num_classes=_count_classes(dataset))
 
 
-def test_split(spec: Spec) -> Spec | None:
+def held_out_split(spec: Spec) -> Spec | None:
     """The spec of the held-out split that belongs to a training set, or None where there is no convention for it."""
     if spec.source == "" and spec.name in EMBEDDED_DATASETS:
         return spec.with_options(split="test")
@@ -224,7 +224,7 @@ def _open_torchvision(spec: Spec) -> object:
         offered = "download" in inspect.signature(dataset).parameters and not spec.options.get("download")
         advice = f". On a machine with a network: {spec.with_options(download=True)}" if offered else ""
         raise SpecError(f"{spec}: {str(error).rstrip('.')}{advice}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise SpecError(f"{spec}: {error}") from error
 
 

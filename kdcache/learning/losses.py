@@ -27,7 +27,7 @@ def kd_loss(
     stands for the classes that were not kept:
 
     - `bucket`: all of them are one class, for teacher and student. The loss is smaller than the full one by
-      m · KL(p given tail ‖ q given tail), and the gradient by the student's logits differs from the full one by at most
+      T² · m · KL(p given tail ‖ q given tail), and the gradient by the student's logits differs from the full one by at most
       2 · m · T in the sum of absolute values over classes.
     - `uniform`: each gets m / (C - |K|). The same bound holds for the gradient.
     - `renormalize`: they get nothing and the kept ones are scaled to one. Biased: the student learns to put no mass there.

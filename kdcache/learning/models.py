@@ -186,8 +186,8 @@ def _build_torchvision(spec: Spec) -> nn.Module:
     normalisation = str(options.pop("norm", "imagenet"))
     try:
         body = torchvision.models.get_model(spec.name, **options)
-    except (ValueError, TypeError, KeyError) as error:
-        raise SpecError(f"{spec}: {error}; `kdcache models` lists the names") from error
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise SpecError(f"{spec}: {error}; `kdcache models --all` lists the names") from error
     return InputEnd(body, channels=3, normalisation=normalisation)
 
 

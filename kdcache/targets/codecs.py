@@ -23,6 +23,10 @@ LARGEST_CODE = 254
 """Codes are 0 to 254; 255 is the fill value, which no record holds."""
 
 
+SMALLEST_TAIL = math.sin(math.pi / 4 / LARGEST_CODE) ** 2 / 4
+"""What code 0 stands for where something was cut off: a quarter of the mass that would have become code 1, never nothing."""
+
+
 class Codec(Protocol):
     """Turns logits into arrays by field name, and back."""
 
@@ -93,6 +97,8 @@ class TopK:
     def decode(self, arrays: Arrays) -> SoftTargets:
         """The arrays of any rows to soft targets."""
         tail = (arrays["logits/tail"].float() * (math.pi / 2 / LARGEST_CODE)).sin().square()
+        if self.k < self.num_classes:
+            tail = tail.clamp(SMALLEST_TAIL, 1 - SMALLEST_TAIL)
         return SoftTargets(
             log_probs=-self._falls(arrays["logits/gap"]).cumsum(dim=-1),
             index=arrays["logits/index"].long(),

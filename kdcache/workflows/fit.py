@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from kdcache.learning.datasets import Dataset, open_dataset, test_split
+from kdcache.learning.datasets import Dataset, held_out_split, open_dataset
 from kdcache.learning.loader import ViewLoader
 from kdcache.learning.models import resolve_model_spec
 from kdcache.learning.views import make_views
@@ -103,7 +103,7 @@ def open_held_out(data: Spec, eval_data: str | None, *, trusted: bool) -> Datase
     """The held-out set: as asked for, else the training set's own, else None; `trusted`: whether the user typed `data`."""
     if eval_data:
         return open_dataset(Spec.parse(eval_data), trusted=True)
-    own = test_split(data)
+    own = held_out_split(data)
     return None if own is None else open_dataset(own, trusted=trusted)
 
 
