@@ -60,9 +60,8 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """The installed entry point."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        status = cli.main(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)  # click returns what a command gave to Context.exit
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
