@@ -59,6 +59,11 @@ def written(root: Path) -> dict[str, tuple[int, int]]:
     return {path: (stat.st_mtime_ns, stat.st_ino) for path, stat in stats.items()}
 
 
+def listen_to_interrupts() -> None:
+    """A process that was started in the background ignores SIGINT, and so do its children unless told otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ten_kills_leave_no_trace(folder: Path) -> None:
     """A dump killed ten times at random moments ends byte-identical, and no marked block is computed again."""
@@ -105,7 +110,9 @@ def test_second_dump_into_the_same_folder_is_refused(folder: Path) -> None:
 
 def test_interrupt_says_how_to_go_on(folder: Path) -> None:
     """Ctrl-C exits 130, what is marked stays, and train refuses the unfinished cache with the way on."""
-    process = subprocess.Popen([KDCACHE, *SMALL_BLOCKS], cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [KDCACHE, *SMALL_BLOCKS], cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_interrupts
+    )
     assert process.stderr is not None
     with process.stderr:
         process.stderr.readline()

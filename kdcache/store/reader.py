@@ -62,6 +62,7 @@ class CacheReader:
         self._fields = {field.name: field for field in self.manifest.fields}
         self._files = {file.path: file for file in self.manifest.files}
         self._chunks: dict[str, NDArray[Any]] = {}
+        self._verified: set[str] = set()
 
     def field(self, name: str) -> FieldRecord:
         """The record of a field.
@@ -125,11 +126,20 @@ class CacheReader:
         """One line for every damaged or missing file, with its block; `on_file` is called after each file."""
         owners = {file.path: block.block.id for block in self.manifest.blocks for file in block.files}
         for file in self.manifest.files:
-            problem = _file_problem(self.root, file)
+            problem = self._problem(file)
             on_file(file)
             if problem:
                 owner = f" (block {owners[file.path]})" if file.path in owners else ""
                 yield f"{file.path}{owner}: {problem}"
+
+    def _problem(self, file: FileRecord) -> str | None:
+        """What is wrong with a file, or None; a file is read for this once."""
+        if file.path in self._verified:
+            return None
+        problem = _file_problem(self.root, file)
+        if problem is None:
+            self._verified.add(file.path)
+        return problem
 
     def _chunk(self, field: FieldRecord, *, sample_block: int, view: int | None) -> NDArray[Any]:
         path = chunk_path(field, sample_block=sample_block, view=view)
@@ -137,7 +147,7 @@ class CacheReader:
             record = self._files.get(path)
             if record is None:
                 raise IntegrityError(f"{self.root}: the manifest lists no file {path}")
-            problem = _file_problem(self.root, record)
+            problem = self._problem(record)
             if problem:
                 raise IntegrityError(f"{self.root / path}: {problem}; `kdcache verify {self.root}` lists all damage")
             self._chunks[path] = map_chunk(self.root, record, field, self.manifest.grid)
