@@ -59,7 +59,7 @@ def ratio(ours: Callable[[], object], bare: Callable[[], object]) -> tuple[float
 def bench_dump(folder: Path) -> str:
     """A whole dump against the teacher's bare inference loop over the same decoded, augmented batches."""
     dataset = open_dataset(Spec.parse("fashion-mini"), trusted=True)
-    teacher = load_model(embedded_teacher(), num_classes=10, image_shape=(1, 28, 28)).model
+    teacher = load_model(embedded_teacher(), num_classes=10, image_shape=(1, 28, 28)).model.to(memory_format=torch.channels_last)
     views, keys = make_views("crop-flip", seed=0, image_shape=(1, 28, 28)), dataset.keys
     device = torch.device("cpu")
 
