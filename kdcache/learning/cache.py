@@ -1,6 +1,8 @@
 """A cache as training sees it: soft targets for a dataset's samples, joined on their keys, and the views that belong to them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from kdcache.records.manifest import Manifest, Probe
 from kdcache.records.specs import Spec
 from kdcache.store.reader import CacheReader
 from kdcache.targets.codecs import make_codec
+from kdcache.targets.profile import PROFILE, Profile, profile_field
 from kdcache.targets.soft_targets import SoftTargets
 
 NUM_PROBES = 8
@@ -39,9 +42,10 @@ class Cache:
     def __init__(self, path: str | Path) -> None:
         self.reader = CacheReader(Path(path))
         recipe = self.manifest.recipe
-        self.codec = make_codec(Spec.parse(recipe.codec), num_classes=recipe.teacher.num_classes)
-        self._fields = [field.name for field in self.codec.fields(())]
-        for expected in self.codec.fields(()):
+        self.codec = make_codec(Spec.parse(recipe.codec), num_classes=recipe.teacher.num_classes, calibration=self.manifest.calibration)
+        fields = self.codec.fields(recipe.teacher.positions)
+        self._fields = [field.name for field in fields]
+        for expected in (*fields, *((profile_field(self.codec.num_classes),) if self.codec.keeps_profile else ())):
             found = self.reader.field(expected.name)
             if found != expected:
                 raise FormatError(f"{path}: the codec {recipe.codec} stores {expected}, found {found}")
@@ -60,7 +64,13 @@ class Cache:
     def soft_targets(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> SoftTargets:
         """The teacher's answers to (row, view) pairs, by the rows of the cache; both arrays are [records]."""
         arrays = self.reader.gather(self._fields, rows, views)
-        return self.codec.decode({name: torch.from_numpy(array) for name, array in arrays.items()})
+        soft = self.codec.decode({name: torch.from_numpy(array) for name, array in arrays.items()})
+        return replace(soft, profile=self.profile) if self.codec.keeps_profile else soft
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The teacher's mean answer to each top class; None where the cache does not keep it."""
+        return Profile.from_numpy(self.reader.shared(PROFILE)) if self.codec.keeps_profile else None
 
     def join(self, dataset: Dataset) -> Gather:
         """Soft targets by the dataset's own rows, whatever its order and however small a part of the cached set it is.
@@ -119,7 +129,7 @@ class Cache:
             MismatchError: Pixels differ: another library version or another decoder.
         """
         row_of_key = {key.tobytes(): row for row, key in enumerate(dataset.keys)}
-        keys = self.reader.sample_field("key")
+        keys = self.reader.shared("key")
         for probe in self.manifest.probes:
             row = row_of_key.get(keys[probe.row].tobytes())
             if row is not None and probe_view(dataset, self.views, row, probe.view) != probe.sha256:
@@ -131,7 +141,7 @@ class Cache:
 
     def _rows_of(self, dataset: Dataset) -> NDArray[np.int64]:
         """The cache's row of each of the dataset's samples, [samples]."""
-        cached = _sortable(self.reader.sample_field("key"))
+        cached = _sortable(self.reader.shared("key"))
         wanted = _sortable(dataset.keys)
         order = np.argsort(cached, kind="stable")
         places = np.searchsorted(cached, wanted, sorter=order).clip(max=len(cached) - 1)

@@ -4,6 +4,7 @@ Notation: p the teacher's and q the student's probabilities at temperature T, K 
 m = 1 - Σ_K p the teacher's mass outside K.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.targets.soft_targets import SoftTargets, check_temperature
 
-Tail = Literal["bucket", "uniform", "renormalize"]
+Tail = Literal["bucket", "uniform", "profile", "renormalize"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
 
 
@@ -30,6 +31,8 @@ def kd_loss(
       T² · m · KL(p given tail ‖ q given tail), and the gradient by the student's logits differs from the full one by at most
       2 · m · T in the sum of absolute values over classes.
     - `uniform`: each gets m / (C - |K|). The same bound holds for the gradient.
+    - `profile`: the mass is shared out as the teacher's mean answer to this top class has it, softened by T; the cache
+      keeps this table. The same bound holds for the gradient.
     - `renormalize`: they get nothing and the kept ones are scaled to one. Biased: the student learns to put no mass there.
 
     Args:
@@ -39,7 +42,7 @@ def kd_loss(
         tail: The policy.
 
     Raises:
-        ConfigError: Unknown policy, or a temperature that is not positive.
+        ConfigError: Unknown policy, a temperature that is not positive or for which the targets were not sampled, or no profile.
         MismatchError: Student and teacher differ in the number of classes or of records.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2 (the factor T² keeps the
@@ -57,17 +60,46 @@ def kd_loss(
     log_q = (student_logits / temperature).log_softmax(dim=-1)
     p, mass = soft.probs_at(temperature)
     log_q_kept = log_q if soft.index is None else log_q.gather(-1, soft.index)
-    if soft.keeps_all or tail == "renormalize":
+    if soft.tail_mass is None:
+        divergence = _kl_terms(p, log_q_kept)
+    elif tail == "renormalize":
         divergence = _kl_terms((soft.log_probs / temperature).softmax(dim=-1), log_q_kept)
-    elif tail == "bucket":
-        assert soft.index is not None
-        log_q_tail = log_q.scatter(-1, soft.index, -torch.inf).logsumexp(dim=-1)
-        divergence = _kl_terms(p, log_q_kept) + torch.xlogy(mass, mass) - mass * log_q_tail
     else:
-        rest = soft.num_classes - p.shape[-1]
-        mean_log_q_rest = (log_q.sum(dim=-1) - log_q_kept.sum(dim=-1)) / rest
-        divergence = _kl_terms(p, log_q_kept) + torch.xlogy(mass, mass / rest) - mass * mean_log_q_rest
+        divergence = _kl_terms(p, log_q_kept) + torch.xlogy(mass, mass) + _TAIL_TERMS[tail](soft, log_q, mass, temperature)
     return temperature**2 * divergence.mean()
+
+
+def _bucket_terms(soft: SoftTargets, log_q: Tensor, mass: Tensor, temperature: float) -> Tensor:  # noqa: ARG001
+    """- m log q(tail)."""
+    assert soft.index is not None
+    return -mass * log_q.scatter(-1, soft.index, -torch.inf).logsumexp(dim=-1)
+
+
+def _uniform_terms(soft: SoftTargets, log_q: Tensor, mass: Tensor, temperature: float) -> Tensor:  # noqa: ARG001
+    """- m log(C - |K|) - m · the mean of log q over the tail."""
+    assert soft.index is not None
+    kept = soft.kept
+    rest = soft.num_classes - kept.sum(dim=-1)
+    log_q_kept = torch.where(kept, log_q.gather(-1, soft.index), 0.0)
+    return -mass * rest.log() - mass * (log_q.sum(dim=-1) - log_q_kept.sum(dim=-1)) / rest
+
+
+def _profile_terms(soft: SoftTargets, log_q: Tensor, mass: Tensor, temperature: float) -> Tensor:
+    """M · Σ s (log s - log q) over the tail, with s the profile's shares of it."""
+    assert soft.index is not None
+    if soft.profile is None:
+        raise ConfigError(
+            "the tail policy profile needs the teacher's mean answers, which this cache does not keep; dump with profile=True"
+        )
+    log_share = (soft.profile.rows(soft.top1) / temperature).scatter(-1, soft.index, -torch.inf).log_softmax(dim=-1)
+    return mass * _kl_terms(log_share.exp(), log_q)
+
+
+_TAIL_TERMS: dict[str, Callable[[SoftTargets, Tensor, Tensor, float], Tensor]] = {
+    "bucket": _bucket_terms,
+    "uniform": _uniform_terms,
+    "profile": _profile_terms,
+}
 
 
 def hard_label_loss(student_logits: Float[Tensor, "*batch classes"], soft: SoftTargets) -> Float[Tensor, ""]:

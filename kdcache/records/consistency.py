@@ -1,12 +1,13 @@
 """What a manifest must keep to beyond its types. A cache may come from anywhere, so nothing in it is taken on trust."""
 
+import math
 import re
 from collections.abc import Iterator
 
 from kdcache.records.errors import FormatError
-from kdcache.records.manifest import FieldRecord, Manifest
+from kdcache.records.manifest import RECORD_AXES, SAMPLE_AXES, TABLE_AXES, FieldRecord, Manifest
 
-DTYPES = ("uint8", "uint16", "uint32", "float16", "float32")
+DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")
 """The only array types of format 1.0. Anything else could make NumPy read memory that is not data."""
 
 KEY_BYTES = 16
@@ -34,10 +35,14 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     fields = {field.name: field for field in manifest.fields}
     if len(fields) != len(manifest.fields) or not {"key", "label"} <= fields.keys():
         yield f"expected each field once, with 'key' and 'label' among them, found {[field.name for field in manifest.fields]}"
-    elif (fields["key"].dtype, fields["key"].inner, fields["key"].per_view) != ("uint8", (KEY_BYTES,), False):
+    elif (fields["key"].dtype, fields["key"].inner, fields["key"].axes, fields["key"].bits) != ("uint8", (KEY_BYTES,), SAMPLE_AXES, None):
         yield f"expected 'key' as {KEY_BYTES} uint8 a sample, found {fields['key']}"
-    elif fields["label"].inner or fields["label"].per_view or not fields["label"].dtype.startswith("uint"):
+    elif fields["label"].inner or fields["label"].axes != SAMPLE_AXES or not fields["label"].dtype.startswith("uint"):
         yield f"expected 'label' as one unsigned integer a sample, found {fields['label']}"
+    else:
+        yield from (problem for field in manifest.fields for problem in _ragged_problems(field, fields))
+    if manifest.contents.keys() != {field.name for field in manifest.fields if not field.per_view}:
+        yield f"expected a digest of each field without a view axis, found {sorted(manifest.contents)}"
     yield from _file_problems(manifest)
     for probe in manifest.probes:
         if not (0 <= probe.row < grid.num_samples and 0 <= probe.view < grid.num_views):
@@ -51,11 +56,25 @@ def _field_problems(field: FieldRecord, block_samples: int) -> Iterator[str]:
         yield f"expected a field's name in letters, digits and underscores, found {field.name!r}"
     if any(length < 1 for length in field.inner) or len(field.inner) != len(field.inner_names):
         yield f"expected positive, named inner axes for {field.name!r}, found {field.inner} and {field.inner_names}"
-    size = 4 * block_samples
+    if field.axes not in (RECORD_AXES, SAMPLE_AXES, TABLE_AXES):
+        yield f"expected the axes (view, sample), (sample) or none for {field.name!r}, found {field.axes}"
+    if field.bits is not None and not (field.inner and field.dtype.startswith("uint") and 1 <= field.bits <= min(int(field.dtype[4:]), 57)):
+        yield f"expected bits only for unsigned entries that have so many, found {field.bits} for {field.name!r} of {field.dtype}"
+    size = 8 * block_samples
     for length in field.inner:
         size *= length
     if size > LARGEST_BLOCK_BYTES:
         yield f"chunk files of {field.name!r} would have up to {size} bytes"
+
+
+def _ragged_problems(field: FieldRecord, fields: dict[str, FieldRecord]) -> Iterator[str]:
+    if field.lengths is None:
+        return
+    counts = fields.get(field.lengths.field)
+    if counts is None or not counts.per_view or counts.lengths or counts.bits or not counts.dtype.startswith("uint"):
+        yield f"expected counts of {field.name!r} as a field of unsigned integers, found {counts}"
+    elif not field.per_view or len(field.inner) != 1 or field.lengths.minus < 0 or field.inner[0] % math.prod(counts.inner):
+        yield f"expected {field.name!r} to have one inner axis that fits the counts {counts.inner}, found {field}"
 
 
 def _file_problems(manifest: Manifest) -> Iterator[str]:

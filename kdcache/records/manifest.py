@@ -11,6 +11,10 @@ from kdcache.records.jsonrecord import from_json, to_json
 
 FORMAT_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
+RECORD_AXES = ("view", "sample")
+SAMPLE_AXES = ("sample",)
+TABLE_AXES = ()
+NO_DIGEST = "sha256:" + 64 * "0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +29,8 @@ class TeacherRecord:
     """Length of the logits' class axis."""
     precision: str
     """Arithmetic of the forward pass: `float32` or `bfloat16`."""
+    positions: tuple[int, ...] = ()
+    """Axes of the logits between batch and classes: () for classification, (length,) for tokens, (height, width) for pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,23 +130,42 @@ class BlockGrid:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Where the number of entries of each record of a ragged field stands."""
+
+    field: str
+    """The field of counts: unsigned integers, one a record and position."""
+    minus: int
+    """How many entries fewer than counted the ragged field holds at each: gaps are one fewer than classes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FieldRecord:
-    """One array of the store, axes (view, sample, *inner); `label` and `key` have no view axis."""
+    """One array of the store, axes (*axes, *inner)."""
 
     name: str
     """Path in the store, such as `logits/index`."""
     dtype: str
-    """A Zarr v3 data type: `uint8`, `uint16`, `uint32`, `float16`, `float32`."""
+    """Type of an entry: `uint8`, `uint16`, `uint32`, `uint64`, `float16`, `float32`."""
     inner: tuple[int, ...]
-    """Lengths of the axes after the sample axis."""
+    """Lengths of the axes after `axes`; for a ragged field one number: the most entries that a record can have."""
     inner_names: tuple[str, ...]
     """Their names."""
-    per_view: bool = True
-    """Whether the first axis is the view."""
+    axes: tuple[str, ...] = RECORD_AXES
+    """Leading axes: (view, sample) for what belongs to a record, (sample,) for `key` and `label`, () for a table of the cache."""
     fill_value: int | float | str = 0
     """A value that no record holds, so that a missing chunk never reads as data; `NaN` for floats."""
+    bits: int | None = None
+    """Bits of an entry in the mapped layout, where entries are packed along the last axis; None for whole bytes."""
+    lengths: Lengths | None = None
+    """How many entries each record has, for a ragged field; None where all have the same."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """What is needed to decode: quantiser, temperatures."""
+
+    @property
+    def per_view(self) -> bool:
+        """Whether the first axis is the view."""
+        return self.axes == RECORD_AXES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +187,9 @@ class BlockRecord:
     block: Block
     """Which block."""
     files: tuple[FileRecord, ...]
-    """Its chunk files, by field and view."""
+    """Its files."""
+    content: str
+    """Digest of the records themselves, whatever the layout of the files: see `content_digest`."""
     totals: dict[str, float]
     """Sums over the block's records, from which the manifest's statistics are made."""
 
@@ -171,10 +198,12 @@ class BlockRecord:
 class Statistics:
     """What the stored labels look like."""
 
-    teacher_accuracy: float
-    """Share of stored records whose largest logit is at the dataset's label."""
+    teacher_accuracy: float | None
+    """Share of records whose largest logit is at the dataset's label; None for outputs with position axes."""
     retained_mass: dict[str, float]
     """Mean probability mass of the kept classes, by temperature."""
+    entries: float
+    """Mean number of (class, value) entries of a record."""
     class_counts: tuple[int, ...]
     """Samples by label."""
 
@@ -223,10 +252,16 @@ class Manifest:
     """What determines the numbers."""
     recipe_key: str
     """Digest of the recipe."""
+    layout: str
+    """How the arrays lie in files: `zarr` (mapped), `parquet` or `compact`. The records are the same."""
     grid: BlockGrid
     """How the arrays are cut."""
     fields: tuple[FieldRecord, ...]
     """All arrays."""
+    calibration: dict[str, float]
+    """Constants of the codec that were measured on the teacher when the dump began; mostly empty."""
+    contents: dict[str, str]
+    """Digest of each field that belongs to no block, by name: sample keys, labels, tables."""
     statistics: Statistics
     """Accuracy, retained mass, class counts."""
     probes: tuple[Probe, ...]
@@ -252,12 +287,18 @@ class Manifest:
         """Bytes of all files but the manifest."""
         return sum(file.size_bytes for file in self.files)
 
+    @property
+    def content(self) -> str:
+        """The logical hash: equal for equal records, labels and tables, whatever the layout."""
+        return sha256(canonical_json({"blocks": [block.content for block in self.blocks], "fields": self.contents}))
+
     def to_bytes(self) -> bytes:
-        """The file's content: indented JSON whose `digest` covers everything else."""
+        """The file's content: indented JSON whose `digest` covers every byte of the file."""
         document = to_json(self)
         document |= document.pop("extra")
-        document["digest"] = sha256(canonical_json(document))
-        return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        document["digest"] = NO_DIGEST
+        data = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        return _replace_once(data, NO_DIGEST, sha256(data))
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Self:
@@ -276,7 +317,7 @@ class Manifest:
         if not isinstance(version, str) or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
             raise FormatError(f"{where}: expected format {FORMAT_VERSION.split('.')[0]}.x, found {version!r}; a newer kdcache may read it")
         digest = document.pop("digest", None)
-        if digest != _digest(document):
+        if not isinstance(digest, str) or digest != _digest_of_file(data, digest):
             raise IntegrityError(f"{where} is damaged or was edited: its digest does not match; pull or dump the cache again")
         known = {name: document.pop(name) for name in cls.__dataclass_fields__ if name != "extra" and name in document}
         recipe_key = _digest(known.get("recipe"))
@@ -304,6 +345,21 @@ def _leaves(document: Any, path: str = "") -> dict[str, str]:
     for key, value in children:
         leaves |= _leaves(value, f"{path}.{key}" if path else str(key))
     return leaves
+
+
+def _digest_of_file(data: bytes, digest: str) -> str | None:
+    """The digest of a file's bytes with zeros in place of the digest that stands in it; None if it stands there twice, or is none."""
+    try:
+        return sha256(_replace_once(data, digest, NO_DIGEST))
+    except ValueError:
+        return None
+
+
+def _replace_once(data: bytes, old: str, new: str) -> bytes:
+    parts = data.split(json.dumps(old).encode())
+    if len(parts) != 2:
+        raise ValueError(f"expected {old} once")
+    return json.dumps(new).encode().join(parts)
 
 
 def _digest(document: object) -> str | None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.records.errors import CacheBusyError
+from kdcache.records.hashing import sha256
+from kdcache.records.manifest import FileRecord
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -70,3 +72,9 @@ def exclusive_lock(path: Path, *, holder: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def write_record(root: Path, path: str, data: bytes) -> FileRecord:
+    """Writes a file of a store atomically and gives its record."""
+    write_atomically(root / path, data)
+    return FileRecord(path=path, size_bytes=len(data), sha256=sha256(data))

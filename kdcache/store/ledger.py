@@ -4,12 +4,16 @@ Everything lies in `.dump/` inside the cache's directory and is removed when the
 `plan.json` says what is being dumped, `lock` is held by the writer, `blocks/ID.json` marks a finished block.
 """
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kdcache.records.errors import CacheExistsError, FormatError
 from kdcache.records.hashing import canonical_json
@@ -26,10 +30,14 @@ class DumpPlan:
 
     recipe: Recipe
     """What determines the numbers."""
+    layout: str
+    """How the records lie in files."""
     grid: BlockGrid
     """How the work is cut."""
     batch_size: int
     """Samples in a forward pass; batches are cut inside a block, so the worker's choice cannot matter."""
+    calibration: dict[str, float]
+    """Constants of the codec, measured when the dump began."""
 
 
 class BlockLedger:
@@ -72,6 +80,17 @@ class BlockLedger:
         """Marks a block as finished. Its files must be on the disk already."""
         write_atomically(self._path(record.block), canonical_json(to_json(record)))
 
+    def keep_sums(self, block: Block, sums: NDArray[np.int64]) -> None:
+        """Keeps what a block adds to a table of the whole cache, until that is written. To be called before `mark`."""
+        buffer = io.BytesIO()
+        np.save(buffer, sums, allow_pickle=False)
+        write_atomically(self._path(block).with_suffix(".npy"), buffer.getbuffer())
+
+    def sums(self, block: Block) -> NDArray[np.int64]:
+        """What `keep_sums` was given."""
+        sums: NDArray[np.int64] = np.load(self._path(block).with_suffix(".npy"), allow_pickle=False)
+        return sums
+
     def close(self) -> None:
         """Removes the ledger: the manifest is the truth from now on."""
         shutil.rmtree(self._folder)
@@ -102,8 +121,8 @@ def read_plan(root: Path) -> tuple[DumpPlan, int] | None:
 def _check_complete_cache(root: Path, plan: DumpPlan) -> None:
     path = root / MANIFEST_NAME
     manifest = Manifest.from_bytes(path.read_bytes(), where=str(path))
-    found = {"recipe": manifest.recipe, "grid": manifest.grid}
-    _require_equal(root, found, {"recipe": plan.recipe, "grid": plan.grid})
+    found = {"recipe": manifest.recipe, "grid": manifest.grid, "layout": manifest.layout}
+    _require_equal(root, found, {"recipe": plan.recipe, "grid": plan.grid, "layout": plan.layout})
 
 
 def _require_equal(root: Path, found: object, wanted: object) -> None:

@@ -1,5 +1,6 @@
 """Reads a cache: each file is verified once and mapped into memory, a batch is one gather."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ from kdcache.records.consistency import check_manifest
 from kdcache.records.errors import CacheNotFoundError, FormatError, IncompleteCacheError, IntegrityError, MismatchError
 from kdcache.records.hashing import sha256_file
 from kdcache.records.manifest import MANIFEST_NAME, FieldRecord, FileRecord, Manifest
+from kdcache.store.backends import make_backend
 from kdcache.store.ledger import read_plan
-from kdcache.store.zarr_backend import chunk_path, map_chunk
+from kdcache.store.mapped import MappedCounts, MappedField, MappedRagged, gather_ragged
+from kdcache.store.windows import Window
+from kdcache.store.zarr_backend import chunk_bytes, chunk_path
 
 Rows = NDArray[np.int64]
+
+KEPT_BYTES = 2**30
+"""Decoded records that a reader of a layout without random access keeps in memory."""
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -30,7 +37,7 @@ def read_manifest(root: Path) -> Manifest:
     if path.is_file():
         manifest = Manifest.from_bytes(path.read_bytes(), where=str(path))
         check_manifest(manifest, where=str(path))
-        _check_chunks_listed(manifest, where=str(path))
+        _check_files_listed(manifest, where=str(path))
         return manifest
     begun = read_plan(root)
     if begun is not None:
@@ -45,7 +52,10 @@ def read_manifest(root: Path) -> Manifest:
 class CacheReader:
     """The arrays of a complete cache.
 
-    A chunk file is opened, verified and mapped when a record of it is asked for first. Gathers copy nothing but the rows asked for.
+    A file is verified, and opened, when a record of it is asked for first. The mapped layout is gathered where it lies; records of
+    other layouts are decoded a view and range at a time, and the last ones used are kept.
+
+    A reader may be used in a forked process, and pickled into a new one, which opens and verifies for itself.
 
     Args:
         root: The cache's directory.
@@ -59,10 +69,19 @@ class CacheReader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.manifest = read_manifest(root)
+        self.backend = make_backend(self.manifest.layout)
         self._fields = {field.name: field for field in self.manifest.fields}
         self._files = {file.path: file for file in self.manifest.files}
-        self._chunks: dict[str, NDArray[Any]] = {}
         self._verified: set[str] = set()
+        self._source = _Mapped(self) if self.is_mapped else _Decoded(self)
+
+    def __reduce__(self) -> tuple[type["CacheReader"], tuple[Path]]:
+        return (CacheReader, (self.root,))
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether random records cost no more than neighbouring ones."""
+        return self.manifest.layout == "zarr"
 
     def field(self, name: str) -> FieldRecord:
         """The record of a field.
@@ -78,12 +97,12 @@ class CacheReader:
         """The records of (row, view) pairs.
 
         Args:
-            names: Fields to read; only these are opened.
+            names: Fields to read; only these, and the counts of ragged ones, are opened.
             rows: Rows in the cache, [records].
             views: View numbers, [records].
 
         Returns:
-            By field name, [records, *inner].
+            By field name, [records, *inner]; for ragged fields [records, *positions, most entries], padded with the fill value.
 
         Raises:
             IntegrityError: A file that is needed is damaged.
@@ -92,25 +111,50 @@ class CacheReader:
         grid = self.manifest.grid
         _require_within(rows, grid.num_samples, "row")
         _require_within(views, grid.num_views, "view")
-        sample_blocks, offsets = np.divmod(rows, grid.block_samples)
-        places, group = np.unique(sample_blocks * grid.num_views + views, return_inverse=True)
-        members = [np.flatnonzero(group == i) for i in range(len(places))]
-        gathered = {}
-        for name in names:
-            field = self.field(name)
-            out = np.empty((len(rows), *field.inner), field.dtype)
-            for place, member in zip(places.tolist(), members, strict=True):
-                sample_block, view = divmod(place, grid.num_views)
-                chunk = self._chunk(field, sample_block=sample_block, view=view if field.per_view else None)
-                out[member] = chunk[offsets[member]]
-            gathered[name] = out
-        return gathered
+        blocks, offsets = np.divmod(rows, grid.block_samples)
+        return self._source.gather(self._with_counts(names), views * grid.num_sample_blocks + blocks, offsets)
 
-    def sample_field(self, name: str) -> NDArray[Any]:
-        """All rows of a field that has no view axis, such as `key` or `label`: [samples, *inner]."""
+    def records(self, names: Sequence[str], *, sample_block: int, view: int) -> dict[str, NDArray[Any]]:
+        """All records of one view and range of samples, as they are stored: [samples, *inner], flat [entries] for ragged fields.
+
+        Raises:
+            IntegrityError: A file that is needed is damaged.
+        """
+        fields = self._with_counts(names)
+        for field in fields:
+            for path in self.backend.paths_of(field, self.manifest.grid, sample_block=sample_block, view=view):
+                self.require(path)
+        return self.backend.read_records(self.root, fields, self.manifest.grid, sample_block=sample_block, view=view)
+
+    def shared(self, name: str) -> NDArray[Any]:
+        """A field that has no view axis, whole: `key` or `label` as [samples, *inner], a table as [*inner].
+
+        Raises:
+            IntegrityError: A file that is needed is damaged.
+        """
         field = self.field(name)
-        chunks = [self._chunk(field, sample_block=i, view=None) for i in range(self.manifest.grid.num_sample_blocks)]
-        return np.concatenate(chunks)[: self.manifest.grid.num_samples]
+        for path in self.backend.shared_paths([field], self.manifest.grid):
+            self.require(path)
+        return self.backend.read_shared(self.root, field, self.manifest.grid)
+
+    def require(self, path: str) -> FileRecord:
+        """Verifies a file, once.
+
+        Raises:
+            IntegrityError: It is missing or damaged.
+        """
+        record = self._files.get(path)
+        if record is None:
+            raise IntegrityError(f"{self.root}: the manifest lists no file {path}")
+        problem = self._problem(record)
+        if problem:
+            raise IntegrityError(f"{self.root / path}: {problem}; `kdcache verify {self.root}` lists all damage")
+        return record
+
+    def _with_counts(self, names: Sequence[str]) -> list[FieldRecord]:
+        fields = [self.field(name) for name in names]
+        counts = [self.field(field.lengths.field) for field in fields if field.lengths]
+        return list({field.name: field for field in (*counts, *fields)}.values())
 
     def verify_all(self) -> None:
         """Verifies every file now, so that training cannot meet damage in its middle.
@@ -141,36 +185,133 @@ class CacheReader:
             self._verified.add(file.path)
         return problem
 
-    def _chunk(self, field: FieldRecord, *, sample_block: int, view: int | None) -> NDArray[Any]:
-        path = chunk_path(field, sample_block=sample_block, view=view)
-        if path not in self._chunks:
-            record = self._files.get(path)
-            if record is None:
-                raise IntegrityError(f"{self.root}: the manifest lists no file {path}")
-            problem = self._problem(record)
-            if problem:
-                raise IntegrityError(f"{self.root / path}: {problem}; `kdcache verify {self.root}` lists all damage")
-            self._chunks[path] = map_chunk(self.root, record, field, self.manifest.grid)
-        return self._chunks[path]
+
+class _Mapped:
+    """Gathers from mapped chunk files; a chunk's place in each window is view · ranges + range."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self._reader, self._grid = reader, reader.manifest.grid
+        self._fixed: dict[str, MappedField] = {}
+        self._ragged: dict[str, MappedRagged] = {}
+
+    def gather(self, fields: Sequence[FieldRecord], places: Rows, rows: Rows) -> dict[str, NDArray[Any]]:
+        gathered: dict[str, NDArray[Any]] = {}
+        for field in sorted(fields, key=lambda field: field.lengths is not None):
+            if field.lengths is None:
+                fixed = self._open_fixed(field)
+                self._open_chunks(fixed.window, field, places)
+                gathered[field.name] = fixed.gather(places, rows)
+            else:
+                ragged = self._open_ragged(field)
+                self._open_chunks(ragged.window, field, places)
+                gathered[field.name] = ragged.gather(places, rows, gathered[field.lengths.field])
+        return gathered
+
+    def _open_fixed(self, field: FieldRecord) -> MappedField:
+        if field.name not in self._fixed:
+            counted = {other.lengths.field for other in self._reader.manifest.fields if other.lengths}
+            self._fixed[field.name] = (MappedCounts if field.name in counted else MappedField)(field, self._grid)
+        return self._fixed[field.name]
+
+    def _open_ragged(self, field: FieldRecord) -> MappedRagged:
+        assert field.lengths is not None
+        if field.name not in self._ragged:
+            counts = self._fixed[field.lengths.field]
+            assert isinstance(counts, MappedCounts)
+            self._ragged[field.name] = MappedRagged(field, self._grid, counts)
+        return self._ragged[field.name]
+
+    def _open_chunks(self, window: Window, field: FieldRecord, places: Rows) -> None:
+        if window.mapped[places].all():
+            return
+        for place in np.unique(places[~window.mapped[places]]).tolist():
+            view, sample_block = divmod(place, self._grid.num_sample_blocks)
+            path = chunk_path(field, sample_block=sample_block, view=view)
+            size = self._reader.require(path).size_bytes
+            try:
+                if field.lengths:
+                    num_rows = min(self._grid.block_samples, self._grid.num_samples - sample_block * self._grid.block_samples)
+                    self._ragged[field.name].expect_size(place, size, num_rows=num_rows)
+                elif size != chunk_bytes(field, self._grid):
+                    raise FormatError(f"the fields of the manifest make {chunk_bytes(field, self._grid)} bytes, found {size}")
+            except FormatError as error:
+                raise FormatError(f"{self._reader.root / path}: {error}; this cache was not written by kdcache, or was edited") from error
+            window.map(place, self._reader.root / path)
 
 
-def _check_chunks_listed(manifest: Manifest, *, where: str) -> None:
-    """Every chunk of every array is listed, and each block lists its own."""
-    grid = manifest.grid
-    per_view = [field for field in manifest.fields if field.per_view]
-    expected = [
-        {chunk_path(field, sample_block=block.sample_block, view=view) for field in per_view for view in range(*block.views)}
-        for block in grid.blocks()
-    ]
+class _Decoded:
+    """Gathers from whole decoded views and ranges, of which the last ones used are kept."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self._reader, self._grid = reader, reader.manifest.grid
+        self._kept: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
+
+    def gather(self, fields: Sequence[FieldRecord], places: Rows, rows: Rows) -> dict[str, NDArray[Any]]:
+        parts = []
+        found, group = np.unique(places, return_inverse=True)
+        members = [np.flatnonzero(group == i) for i in range(len(found))]
+        for place, member in zip(found.tolist(), members, strict=True):
+            parts.append(self._gather_place(fields, place, rows[member]))
+        order = np.argsort(np.concatenate([*members, np.empty(0, np.int64)]), kind="stable")
+        return {field.name: _concatenate([part[field.name] for part in parts], field)[order] for field in fields}
+
+    def _gather_place(self, fields: Sequence[FieldRecord], place: int, rows: Rows) -> dict[str, NDArray[Any]]:
+        records = self._records(fields, place)
+        gathered: dict[str, NDArray[Any]] = {}
+        for field in sorted(fields, key=lambda field: field.lengths is not None):
+            if field.lengths is None:
+                gathered[field.name] = records[field.name][rows]
+            else:
+                entries = records[field.name]
+                gathered[field.name] = gather_ragged(
+                    field,
+                    gathered[field.lengths.field],
+                    starts=records[f"{field.name} starts"][rows],
+                    read=lambda _, entry, entries=entries: entries[entry],  # type: ignore[misc]
+                )
+        return gathered
+
+    def _records(self, fields: Sequence[FieldRecord], place: int) -> dict[str, NDArray[Any]]:
+        kept = self._kept.setdefault(place, {})
+        self._kept.move_to_end(place)
+        missing = [field for field in fields if field.name not in kept]
+        if missing:
+            view, sample_block = divmod(place, self._grid.num_sample_blocks)
+            kept |= self._reader.records([field.name for field in missing], sample_block=sample_block, view=view)
+            for field in missing:
+                if field.lengths:
+                    lengths = kept[field.lengths.field].reshape(len(kept[field.lengths.field]), -1).astype(np.int64) - field.lengths.minus
+                    ends = np.cumsum(lengths.sum(axis=1))
+                    kept[f"{field.name} starts"] = ends - lengths.sum(axis=1)
+            self._forget()
+        return kept
+
+    def _forget(self) -> None:
+        """Drops what was not used for longest until the rest fits."""
+        while len(self._kept) > 1 and sum(array.nbytes for kept in self._kept.values() for array in kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+
+
+def _concatenate(parts: Sequence[NDArray[Any]], field: FieldRecord) -> NDArray[Any]:
+    """Joins records along their first axis; ragged ones are padded to the longest."""
+    if not parts:
+        return np.empty((0, *((0,) if field.lengths else field.inner)), field.dtype)
+    if field.lengths is None:
+        return np.concatenate(parts)
+    most = max(part.shape[-1] for part in parts)
+    widths = [[(0, 0)] * (part.ndim - 1) + [(0, most - part.shape[-1])] for part in parts]
+    return np.concatenate([np.pad(part, width, constant_values=field.fill_value) for part, width in zip(parts, widths, strict=True)])
+
+
+def _check_files_listed(manifest: Manifest, *, where: str) -> None:
+    """Every file of every array is listed, and each block lists its own."""
+    backend, grid = make_backend(manifest.layout), manifest.grid
+    of_records = [field for field in manifest.fields if field.per_view]
+    expected = [set(backend.record_paths(of_records, grid, block)) for block in grid.blocks()]
     listed = [{file.path for file in record.files} for record in manifest.blocks]
-    whole = {
-        chunk_path(field, sample_block=index, view=None)
-        for field in manifest.fields
-        if not field.per_view
-        for index in range(grid.num_sample_blocks)
-    }
-    if listed != expected or not whole <= {file.path for file in manifest.metadata_files}:
-        raise FormatError(f"{where}: the files that are listed are not the chunk files of the arrays; dump or pull the cache again")
+    shared = set(backend.shared_paths([field for field in manifest.fields if not field.per_view], grid))
+    if listed != expected or not shared <= {file.path for file in manifest.metadata_files}:
+        raise FormatError(f"{where}: the files that are listed are not the files of the arrays; dump or pull the cache again")
 
 
 def _file_problem(root: Path, record: FileRecord) -> str | None:

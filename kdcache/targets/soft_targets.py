@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from kdcache.records.errors import ConfigError
+from kdcache.targets.profile import Profile
 
 SMALLEST_MASS = 1e-6
 """Tail masses are held this far from 0 and 1 where their logarithm is taken (interpolation between temperatures)."""
@@ -20,6 +21,9 @@ class SoftTargets:
 
     Axes: `*batch` is (batch,) for classification and (batch, *positions) for dense outputs; `kept` the kept classes,
     the most probable first (all classes in their own order when `index` is None); `declared` the declared temperatures.
+
+    Where records keep different numbers of classes, `kept` is the largest, and the places behind a record's own classes hold
+    its first class once more with a log-probability of -inf: they have no mass.
     """
 
     log_probs: Float[Tensor, "*batch kept"]
@@ -29,13 +33,20 @@ class SoftTargets:
     """Which classes are kept; None when all are."""
 
     tail_mass: Float[Tensor, "*batch declared"] | None
-    """Probability of everything that is not kept, at each declared temperature; None when all classes are kept."""
+    """Probability of everything that is not kept, at each declared temperature; None when nothing is cut off."""
 
     temperatures: tuple[float, ...]
     """The declared temperatures, ascending."""
 
     num_classes: int
     """Length of the full class axis."""
+
+    sampled_at: float | None = None
+    """The temperature from whose distribution the entries were drawn, with their shares as probabilities; None when they are
+    the distribution's own."""
+
+    profile: Profile | None = None
+    """The teacher's mean answer to each top class, which shapes the tail for the policy `profile`; None where it is not kept."""
 
     @classmethod
     def from_logits(cls, logits: Float[Tensor, "*batch classes"]) -> Self:
@@ -57,39 +68,56 @@ class SoftTargets:
         return self.log_probs.argmax(dim=-1) if self.index is None else self.index[..., 0]
 
     @property
+    def kept(self) -> Bool[Tensor, "*batch kept"]:
+        """Which places hold a class of their record; all but padding."""
+        return self.log_probs > -math.inf
+
+    @property
     def keeps_all(self) -> bool:
         """Whether nothing was cut off."""
-        return self.log_probs.shape[-1] == self.num_classes
+        return self.tail_mass is None and self.sampled_at is None
 
     def tail_mass_at(self, temperature: float) -> Float[Tensor, "*batch"]:
         """Probability of everything that is not kept, at any temperature.
 
-        Stored at the declared temperatures. In between, the log-odds of the tail are interpolated linearly in 1/T,
-        where they are smooth; towards infinite temperature their end is known exactly: (classes - kept) / kept. Below the
-        lowest declared temperature they go on with the last slope.
+        Stored at the declared temperatures. In between, log Σ exp(z / T) over the tail is interpolated linearly in 1/T, where
+        it is smooth and convex; at infinite temperature it is known exactly: log of how many classes the tail has. Below
+        the lowest declared temperature it goes on with the last slope.
         """
-        if self.tail_mass is None or self.keeps_all:
+        if self.tail_mass is None:
             return self.log_probs.new_zeros(self.log_probs.shape[:-1])
         if temperature in self.temperatures:
             return self.tail_mass[..., self.temperatures.index(temperature)]
-        kept = self.log_probs.shape[-1]
-        uniform = math.log((self.num_classes - kept) / kept)
+        known = [self._log_tail_at_infinity(), *map(self._log_tail_at_declared, reversed(range(len(self.temperatures))))]
         inverse = [0.0, *(1 / declared for declared in reversed(self.temperatures))]
-        log_odds = torch.logit(self.tail_mass.clamp(SMALLEST_MASS, 1 - SMALLEST_MASS)).flip(-1)
-        log_odds = torch.cat([torch.full_like(log_odds[..., :1], uniform), log_odds], dim=-1)
         right = next((i for i, beta in enumerate(inverse) if beta >= 1 / temperature), len(inverse) - 1)
         weight = (1 / temperature - inverse[right - 1]) / (inverse[right] - inverse[right - 1])
-        return torch.lerp(log_odds[..., right - 1], log_odds[..., right], weight).sigmoid()
+        log_tail = torch.lerp(known[right - 1], known[right], weight)
+        return (log_tail - (self.log_probs / temperature).logsumexp(dim=-1)).sigmoid()
+
+    def _log_tail_at_infinity(self) -> Float[Tensor, "*batch"]:
+        return (self.num_classes - self.kept.sum(dim=-1)).to(self.log_probs.dtype).log()
+
+    def _log_tail_at_declared(self, i: int) -> Float[Tensor, "*batch"]:
+        assert self.tail_mass is not None
+        mass = self.tail_mass[..., i].clamp(SMALLEST_MASS, 1 - SMALLEST_MASS)
+        return torch.logit(mass) + (self.log_probs / self.temperatures[i]).logsumexp(dim=-1)
 
     def probs_at(self, temperature: float) -> tuple[Float[Tensor, "*batch kept"], Float[Tensor, "*batch"]]:
         """Probabilities of the kept classes, and of everything else together. They add up to one.
 
         Raises:
-            ConfigError: The temperature is not a positive number.
+            ConfigError: The temperature is not a positive number, or not that of sampled targets.
         """
         check_temperature(temperature)
+        if self.sampled_at is not None and temperature != self.sampled_at:
+            raise ConfigError(
+                f"these targets were sampled at temperature {self.sampled_at:g} and hold there only, found temperature {temperature:g};"
+                f" use --temperature {self.sampled_at:g}, or dump with --codec sampled,temperature={temperature:g}"
+            )
         tail = self.tail_mass_at(temperature)
-        return (self.log_probs / temperature).softmax(dim=-1) * (1 - tail).unsqueeze(-1), tail
+        sharpness = 1.0 if self.sampled_at is not None else 1 / temperature
+        return (self.log_probs * sharpness).softmax(dim=-1) * (1 - tail).unsqueeze(-1), tail
 
 
 def check_temperature(temperature: float) -> None:

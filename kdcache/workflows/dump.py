@@ -3,27 +3,24 @@
 import getpass
 import os
 import platform
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from kdcache.learning.cache import make_probes
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset, open_dataset
-from kdcache.learning.loader import collate_views, to_unit_range
-from kdcache.learning.views import SeededViews, library_versions, make_views
-from kdcache.records.errors import ConfigError, MismatchError, TeacherError
+from kdcache.learning.views import library_versions, make_views
+from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.records.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    Block,
+    SAMPLE_AXES,
     BlockGrid,
     BlockRecord,
     FieldRecord,
@@ -35,13 +32,17 @@ from kdcache.records.manifest import (
 )
 from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
+from kdcache.store.backends import Backend, make_backend
+from kdcache.store.content import content_digest
 from kdcache.store.files import write_atomically
-from kdcache.store.ledger import BlockLedger, DumpPlan
-from kdcache.store.zarr_backend import write_chunks, write_metadata, write_sample_field
-from kdcache.targets.codecs import Codec, make_codec, smallest_unsigned
-from kdcache.targets.soft_targets import SoftTargets
-from kdcache.workflows.devices import Precision, autocast, resolve_device, resolve_precision
+from kdcache.store.ledger import BlockLedger, DumpPlan, read_plan
+from kdcache.store.reader import read_manifest
+from kdcache.targets.codecs import Codec, make_codec
+from kdcache.targets.coding import smallest_unsigned
+from kdcache.targets.profile import profile_field, profile_table
+from kdcache.workflows.devices import Precision, resolve_device, resolve_precision
 from kdcache.workflows.evaluate import load_for
+from kdcache.workflows.teaching import BlockWorker, Teacher
 
 ROWS_IN_A_BLOCK = 65_536
 """Rows of a chunk file: 2-8 MB at k = 16 to 64, where opening costs nothing against reading."""
@@ -77,6 +78,7 @@ def dump(
     seed: int = 0,
     batch_size: int = 256,
     block_samples: int | None = None,
+    layout: str = "zarr",
     precision: Precision = "auto",
     device: str = "auto",
     license: str | None = None,  # noqa: A002
@@ -95,10 +97,11 @@ def dump(
         arch: The teacher's architecture where its file does not say it.
         views: Views of each sample.
         augment: Pipeline name or TOML file.
-        codec: Codec spec; `auto` keeps everything for few classes and the top 16 for many.
+        codec: Codec spec, see `make_codec`; `auto` keeps everything for few classes and the top 16 for many.
         seed: Seed of the views.
         batch_size: Samples in a forward pass.
         block_samples: Samples in a chunk file; chosen by the dataset's size when None.
+        layout: How the records lie in files: `zarr` (mapped, for training) or `parquet` (for other tools); see `convert`.
         precision: Arithmetic of the forward pass.
         device: Where the teacher runs.
         license: Licence of the labels, for those who share them.
@@ -120,105 +123,49 @@ def dump(
     torch_device = resolve_device(device)
     arithmetic = resolve_precision(precision, torch_device)
     seeded_views = make_views(augment, seed=seed, image_shape=dataset.image_shape)
-    target_codec = make_codec(Spec.parse(codec), num_classes=dataset.num_classes)
+    asked_codec = make_codec(Spec.parse(codec), num_classes=dataset.num_classes)
+    grid = _cut(len(dataset), views=views, block_samples=block_samples)
+    running = Teacher(dataset, seeded_views, loaded.model, batch_size=batch_size, precision=arithmetic, device=torch_device)
+    provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=torch_device, command=command)
+    measured_codec, positions = _measure(running, asked_codec, out)
     plan = DumpPlan(
         recipe=Recipe(
-            teacher=_teacher_record(loaded, dataset, arithmetic),
+            teacher=_teacher_record(loaded, dataset, arithmetic, positions),
             dataset=dataset.record(),
             views=seeded_views.record,
-            codec=str(target_codec.spec),
+            codec=str(measured_codec.spec),
         ),
-        grid=_cut(len(dataset), views=views, block_samples=block_samples),
+        layout=layout,
+        grid=grid,
         batch_size=batch_size,
+        calibration=dict(measured_codec.calibration),
     )
-    worker = _BlockWorker(
-        dataset,
-        seeded_views,
-        loaded.model.to(torch_device).to(memory_format=torch.channels_last),
-        target_codec,
-        batch_size=batch_size,
-        precision=arithmetic,
-        device=torch_device,
-    )
-    provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=torch_device, command=command)
+    worker = BlockWorker(running, measured_codec, measured_codec.fields(positions))
     with BlockLedger.open(out, plan) as ledger:
         if (out / MANIFEST_NAME).exists():
-            manifest = Manifest.from_bytes((out / MANIFEST_NAME).read_bytes(), where=str(out / MANIFEST_NAME))
+            manifest = read_manifest(out)
             computed = 0
             progress.note(f"{out} is complete already")
         else:
-            computed = _dump_blocks(out, plan, ledger, worker, progress)
-            manifest = _commit(out, plan, ledger, worker, provenance, license)
+            backend = make_backend(layout)
+            computed = _dump_blocks(out, plan, ledger, worker, backend, progress)
+            manifest = _commit(out, plan, ledger, worker, backend, provenance, license)
         ledger.close()
     return DumpResult(path=out, manifest=manifest, blocks_computed=computed)
 
 
-class _BlockWorker:
-    """Computes blocks: a pure function from a block to arrays."""
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        views: SeededViews,
-        model: nn.Module,
-        codec: Codec,
-        *,
-        batch_size: int,
-        precision: Precision,
-        device: torch.device,
-    ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"expected a positive batch size, found {batch_size}")
-        self.dataset, self.views, self.model, self.codec = dataset, views, model.eval(), codec
-        self.batch_size, self.precision, self.device = batch_size, precision, device
-        self.fields = codec.fields(())
-
-    def compute(self, block: Block, advance: Callable[[int], None]) -> tuple[dict[str, NDArray[np.generic]], dict[str, float]]:
-        """A block's arrays, [views of the block, samples of the block, *inner], and its totals."""
-        num_views, num_samples = block.views[1] - block.views[0], block.samples[1] - block.samples[0]
-        arrays = {field.name: np.empty((num_views, num_samples, *field.inner), field.dtype) for field in self.fields}
-        totals: dict[str, float] = {}
-        for start, images, labels in self._decoded_batches(block):
-            for offset, view in enumerate(range(*block.views)):
-                encoded = self._encode_view(images, start, view)
-                for name, rows in encoded.items():
-                    arrays[name][offset, start - block.samples[0] :][: len(images)] = rows.cpu().numpy()
-                _add_totals(totals, self.codec.decode(encoded), labels)
-                advance(len(images))
-        return arrays, totals
-
-    def _decoded_batches(self, block: Block) -> Iterator[tuple[int, list[Tensor], Tensor]]:
-        """(first row, images, labels) of a block's batches; each image is decoded once for all views of the block."""
-        for start in range(block.samples[0], block.samples[1], self.batch_size):
-            samples = [self.dataset[row] for row in range(start, min(start + self.batch_size, block.samples[1]))]
-            yield start, [image for image, _ in samples], torch.tensor([label for _, label in samples])
-
-    @torch.inference_mode()
-    def _encode_view(self, images: list[Tensor], start: int, view: int) -> dict[str, Tensor]:
-        keys = self.dataset.keys
-        rows = range(start, start + len(images))
-        seen = [(self.views(image, keys[row].tobytes(), view), 0, row, view) for image, row in zip(images, rows, strict=True)]
-        pixels = to_unit_range(collate_views(seen)[0], self.device).contiguous(memory_format=torch.channels_last)
-        with autocast(self.precision, self.device):
-            logits = self.model(pixels).float()
-        self._check(logits, start, view)
-        return self.codec.encode(logits)
-
-    def _check(self, logits: Float[Tensor, "batch classes"], start: int, view: int) -> None:
-        expected = self.dataset.num_classes
-        if logits.ndim != 2 or logits.shape[1] != expected:
-            raise TeacherError(f"expected logits [batch, {expected}] from the teacher, found {list(logits.shape)}")
-        bad = (~logits.isfinite()).any(dim=1).nonzero()
-        if len(bad):
-            row = start + int(bad[0])
-            key = self.dataset.keys[row].tobytes().hex()
-            raise TeacherError(
-                f"the teacher gives NaN or infinity for view {view} of sample {row} (key {key}); nothing of this block was"
-                " written. Check the sample and the weights, or try --precision float32"
-            )
+def _measure(teacher: Teacher, codec: Codec, out: Path) -> tuple[Codec, tuple[int, ...]]:
+    """The codec with its constants, from an unfinished dump or measured now, and the position axes of the teacher's answers."""
+    begun = read_plan(out)
+    constants = begun[0].calibration if begun and begun[0].recipe.codec == str(codec.spec) else {}
+    wanted = 1 if constants else max(codec.calibration_samples, 1)
+    logits = torch.cat([logits for _, logits in teacher.sample(wanted)])
+    if constants:
+        codec = make_codec(codec.spec, num_classes=codec.num_classes, calibration=constants)
+    return codec if constants else codec.calibrated(logits), tuple(logits.shape[1:-1])
 
 
-def _dump_blocks(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: _BlockWorker, progress: Progress) -> int:
+def _dump_blocks(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: BlockWorker, backend: Backend, progress: Progress) -> int:
     """Computes, writes and marks every block that is not marked yet; gives how many there were."""
     blocks = plan.grid.blocks()
     missing = [block for block in blocks if ledger.find(block) is None]
@@ -227,20 +174,29 @@ def _dump_blocks(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: _BlockW
         progress.note(f"going on: {done} of {len(blocks)} blocks are done")
     with progress.stage("dump", total=sum(block.num_rows for block in missing), unit="views") as advance:
         for number, block in enumerate(missing, start=done + 1):
-            arrays, totals = worker.compute(block, advance)
-            files = write_chunks(out, worker.fields, plan.grid, block, arrays)
-            ledger.mark(BlockRecord(block=block, files=files, totals=totals))
+            arrays, totals, profile = worker.compute(block, advance)
+            files = backend.write_block(out, worker.fields, plan.grid, block, arrays)
+            if profile is not None:
+                ledger.keep_sums(block, profile)
+            ledger.mark(BlockRecord(block=block, files=files, content=content_digest(arrays), totals=totals))
             progress.note(f"block {block.id} is on the disk ({number} of {len(blocks)})")
     return len(missing)
 
 
-def _commit(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: _BlockWorker, provenance: Provenance, licence: str | None) -> Manifest:
+def _commit(
+    out: Path,
+    plan: DumpPlan,
+    ledger: BlockLedger,
+    worker: BlockWorker,
+    backend: Backend,
+    provenance: Provenance,
+    licence: str | None,
+) -> Manifest:
     """Writes what belongs to no block and, last, the manifest."""
-    dataset, grid = worker.dataset, plan.grid
-    key_field = FieldRecord(name="key", dtype="uint8", inner=(dataset.keys.shape[1],), inner_names=("byte",), per_view=False, fill_value=0)
-    label_dtype, no_label = smallest_unsigned(dataset.num_classes)
-    label_field = FieldRecord(name="label", dtype=label_dtype, inner=(), inner_names=(), per_view=False, fill_value=no_label)
-    fields = (*worker.fields, key_field, label_field)
+    dataset, grid = worker.teacher.dataset, plan.grid
+    shared = _shared_fields(worker, ledger, grid)
+    fields = (*worker.fields, *(field for field, _ in shared))
+    arrays = {field.name: array for field, array in shared}
     records = [ledger.find(block) for block in grid.blocks()]
     blocks = tuple(record for record in records if record is not None)
     assert len(blocks) == len(records), "a block lost its mark"
@@ -248,29 +204,33 @@ def _commit(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: _BlockWorker
         format_version=FORMAT_VERSION,
         recipe=plan.recipe,
         recipe_key=plan.recipe.key,
+        layout=plan.layout,
         grid=grid,
         fields=fields,
+        calibration=plan.calibration,
+        contents={name: content_digest({name: [array]}) for name, array in arrays.items()},
         statistics=_statistics(blocks, dataset),
-        probes=make_probes(dataset, worker.views, num_views=grid.num_views),
+        probes=make_probes(dataset, worker.teacher.views, num_views=grid.num_views),
         provenance=provenance,
         license=licence,
-        metadata_files=(
-            *write_metadata(out, fields, grid),
-            *write_sample_field(out, key_field, grid, dataset.keys),
-            *write_sample_field(out, label_field, grid, dataset.labels),
-        ),
+        metadata_files=backend.write_shared(out, fields, grid, arrays),
         blocks=blocks,
     )
     write_atomically(out / MANIFEST_NAME, manifest.to_bytes())
     return manifest
 
 
-def _add_totals(totals: dict[str, float], soft: SoftTargets, labels: Tensor) -> None:
-    """Adds a batch to a block's sums: records, top-1 hits, retained mass by temperature."""
-    retained = {f"retained@{t:g}": (1 - soft.tail_mass_at(t)).double().sum().item() for t in soft.temperatures}
-    hits = float((soft.top1.cpu() == labels).sum())
-    for name, value in {"records": float(len(labels)), "top1_hits": hits, **retained}.items():
-        totals[name] = totals.get(name, 0.0) + value
+def _shared_fields(worker: BlockWorker, ledger: BlockLedger, grid: BlockGrid) -> list[tuple[FieldRecord, NDArray[Any]]]:
+    """The fields that belong to no block: sample keys, labels and, if the codec keeps one, the profile."""
+    dataset = worker.teacher.dataset
+    key = FieldRecord(name="key", dtype="uint8", inner=(dataset.keys.shape[1],), inner_names=("byte",), axes=SAMPLE_AXES)
+    label_dtype, no_label = smallest_unsigned(dataset.num_classes)
+    label = FieldRecord(name="label", dtype=label_dtype, inner=(), inner_names=(), axes=SAMPLE_AXES, fill_value=no_label)
+    shared: list[tuple[FieldRecord, NDArray[Any]]] = [(key, dataset.keys), (label, dataset.labels.astype(label_dtype))]
+    if worker.codec.keeps_profile:
+        sums = sum((ledger.sums(block) for block in grid.blocks()), start=np.zeros((), np.int64))
+        shared.append((profile_field(worker.codec.num_classes), profile_table(sums)))
+    return shared
 
 
 def _statistics(blocks: tuple[BlockRecord, ...], dataset: Dataset) -> Statistics:
@@ -280,8 +240,9 @@ def _statistics(blocks: tuple[BlockRecord, ...], dataset: Dataset) -> Statistics
             totals[name] = totals.get(name, 0.0) + value
     retained = {name.partition("@")[2]: value / totals["records"] for name, value in totals.items() if "@" in name}
     return Statistics(
-        teacher_accuracy=totals["top1_hits"] / totals["records"],
+        teacher_accuracy=totals["top1_hits"] / totals["records"] if "top1_hits" in totals else None,
         retained_mass=retained,
+        entries=totals["entries"] / totals["records"],
         class_counts=tuple(np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()),
     )
 
@@ -296,8 +257,10 @@ def _check_labels(dataset: Dataset) -> None:
         )
 
 
-def _teacher_record(loaded: LoadedModel, dataset: Dataset, precision: Precision) -> TeacherRecord:
-    return TeacherRecord(spec=str(loaded.spec), sha256=loaded.sha256, num_classes=dataset.num_classes, precision=precision)
+def _teacher_record(loaded: LoadedModel, dataset: Dataset, precision: Precision, positions: tuple[int, ...]) -> TeacherRecord:
+    return TeacherRecord(
+        spec=str(loaded.spec), sha256=loaded.sha256, num_classes=dataset.num_classes, precision=precision, positions=positions
+    )
 
 
 def _cut(num_samples: int, *, views: int, block_samples: int | None) -> BlockGrid:

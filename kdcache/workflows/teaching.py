@@ -1,0 +1,152 @@
+"""The teacher at work: checked logits for views of samples, and whole blocks of encoded records."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdcache.learning.datasets import Dataset
+from kdcache.learning.loader import collate_views, to_unit_range
+from kdcache.learning.views import SeededViews
+from kdcache.records.errors import ConfigError, TeacherError
+from kdcache.records.hashing import stable_integer
+from kdcache.records.manifest import Block, FieldRecord
+from kdcache.targets.codecs import Codec
+from kdcache.targets.coding import top_classes
+from kdcache.targets.profile import ProfileSum
+from kdcache.workflows.devices import Precision, autocast
+
+Advance = Callable[[int], None]
+BlockArrays = dict[str, list[NDArray[Any]]]
+BlockParts = list[list[NDArray[Any]]]
+
+
+class Teacher:
+    """A teacher in evaluation mode that answers to views of a dataset's samples.
+
+    Args:
+        dataset: The samples.
+        views: Makes the views.
+        model: Images in [0, 1] to logits [batch, *positions, classes].
+        batch_size: Samples in a forward pass.
+        precision: Arithmetic of the forward pass.
+        device: Where it runs.
+
+    Raises:
+        ConfigError: The batch size is not positive.
+    """
+
+    def __init__(
+        self, dataset: Dataset, views: SeededViews, model: nn.Module, *, batch_size: int, precision: Precision, device: torch.device
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"expected a positive batch size, found {batch_size}")
+        self.dataset, self.views, self.batch_size = dataset, views, batch_size
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
+        self.precision, self.device = precision, device
+
+    @torch.inference_mode()
+    def answer(self, images: Sequence[Tensor], rows: Sequence[int], view: int) -> Float[Tensor, "batch *positions classes"]:
+        """Logits for one view of decoded samples.
+
+        Raises:
+            TeacherError: The teacher gave NaN, infinity or a wrong shape.
+        """
+        keys = self.dataset.keys
+        seen = [(self.views(image, keys[row].tobytes(), view), 0, row, view) for image, row in zip(images, rows, strict=True)]
+        pixels = to_unit_range(collate_views(seen)[0], self.device).contiguous(memory_format=torch.channels_last)
+        with autocast(self.precision, self.device):
+            logits: Tensor = self.model(pixels).float()
+        self._check(logits, rows, view)
+        return logits
+
+    def sample(self, num_samples: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows and logits of evenly spaced samples, first view, batch by batch."""
+        count = min(num_samples, len(self.dataset))
+        chosen = [i * len(self.dataset) // count for i in range(count)]
+        for start in range(0, count, self.batch_size):
+            rows = chosen[start : start + self.batch_size]
+            yield rows, self.answer([self.dataset[row][0] for row in rows], rows, 0)
+
+    def _check(self, logits: Tensor, rows: Sequence[int], view: int) -> None:
+        expected = self.dataset.num_classes
+        if logits.ndim < 2 or logits.shape[0] != len(rows) or logits.shape[-1] != expected:
+            found = list(logits.shape)
+            raise TeacherError(f"expected logits [{len(rows)}, {expected}] or [{len(rows)}, *positions, {expected}], found {found}")
+        bad = (~logits.isfinite()).flatten(1).any(dim=1).nonzero()
+        if len(bad):
+            row = rows[int(bad[0])]
+            key = self.dataset.keys[row].tobytes().hex()
+            raise TeacherError(
+                f"the teacher gives NaN or infinity for view {view} of sample {row} (key {key}); nothing of this block was"
+                " written. Check the sample and the weights, or try --precision float32"
+            )
+
+
+class BlockWorker:
+    """Computes blocks: a pure function from a block to arrays.
+
+    Args:
+        teacher: Gives the logits.
+        codec: Encodes them.
+        fields: What the codec stores.
+    """
+
+    def __init__(self, teacher: Teacher, codec: Codec, fields: Sequence[FieldRecord]) -> None:
+        self.teacher, self.codec, self.fields = teacher, codec, fields
+
+    def compute(self, block: Block, advance: Advance) -> tuple[BlockArrays, dict[str, float], NDArray[np.int64] | None]:
+        """A block's records by field and view, sums over them, and the sums of its profile if the codec keeps one."""
+        pieces: dict[str, BlockParts] = {field.name: [[] for _ in range(*block.views)] for field in self.fields}
+        totals: dict[str, float] = {}
+        profile = ProfileSum(self.codec.num_classes, self.teacher.device) if self.codec.keeps_profile else None
+        for rows, images, labels in self._decoded_batches(block):
+            for offset, view in enumerate(range(*block.views)):
+                logits = self.teacher.answer(images, rows, view)
+                encoded = self.codec.encode(logits, self._seeds(rows, view))
+                for name, array in _to_numpy(encoded, self.fields).items():
+                    pieces[name][offset].append(array)
+                top = top_classes(logits, 1)[1].squeeze(-1)
+                self._add_totals(totals, encoded, top, labels)
+                if profile:
+                    profile.add(logits, top)
+                advance(len(images))
+        arrays = {name: [np.concatenate(parts) for parts in views] for name, views in pieces.items()}
+        return arrays, totals, profile.numpy() if profile else None
+
+    def _decoded_batches(self, block: Block) -> Iterator[tuple[range, list[Tensor], Tensor]]:
+        """(rows, images, labels) of a block's batches; each image is decoded once for all views of the block."""
+        for start in range(block.samples[0], block.samples[1], self.teacher.batch_size):
+            rows = range(start, min(start + self.teacher.batch_size, block.samples[1]))
+            samples = [self.teacher.dataset[row] for row in rows]
+            yield rows, [image for image, _ in samples], torch.tensor([label for _, label in samples])
+
+    def _seeds(self, rows: Sequence[int], view: int) -> list[int]:
+        seed, keys = self.teacher.views.record.seed, self.teacher.dataset.keys
+        return [stable_integer("codec", seed, keys[row].tobytes(), view) for row in rows]
+
+    def _add_totals(self, totals: dict[str, float], encoded: Mapping[str, Tensor], top: Tensor, labels: Tensor) -> None:
+        """Adds a batch to a block's sums: records, entries, top-1 hits, retained mass by temperature."""
+        soft = self.codec.decode(encoded)
+        batch = {"records": float(top.numel()), "entries": float(soft.kept.sum())}
+        if top.ndim == 1:
+            batch["top1_hits"] = float((top.cpu() == labels).sum())
+        if soft.tail_mass is not None:
+            batch |= {f"retained@{t:g}": (1 - soft.tail_mass_at(t)).double().sum().item() for t in soft.temperatures}
+        for name, value in batch.items():
+            totals[name] = totals.get(name, 0.0) + value
+
+
+def _to_numpy(encoded: Mapping[str, Tensor], fields: Sequence[FieldRecord]) -> dict[str, NDArray[Any]]:
+    """A batch's arrays as they are stored: ragged fields flat, without their padding."""
+    arrays = {name: array.cpu().numpy() for name, array in encoded.items()}
+    for field in fields:
+        if field.lengths:
+            padded = arrays[field.name]
+            lengths = arrays[field.lengths.field].astype(np.int64) - field.lengths.minus
+            arrays[field.name] = padded[np.arange(padded.shape[-1]) < lengths[..., None]]
+    return arrays
