@@ -17,6 +17,7 @@ Examples:
   kdcache dump --teacher teacher.safetensors --data fashion-mini --out runs/cache
   kdcache dump --teacher ckpt.pt --arch torchvision:resnet50 --data torchvision:CIFAR100,root=DIR \\
       --views 8 --augment rrc-flip --codec topk,k=16 --out runs/cache
+  kdcache dump --teacher teacher.safetensors --data fashion-mini --mean-k 3 --out runs/adaptive
 """
 
 
@@ -27,7 +28,12 @@ Examples:
 @arch_option
 @click.option("--views", type=click.IntRange(min=1), default=4, show_default=True, help="Views of each sample.")
 @click.option("--augment", default="crop-flip", show_default=True, help="none, crop-flip, rrc-flip or a TOML file.")
-@click.option("--codec", default="auto", show_default=True, help="topk[,k=…][,temperatures=(…)], dense[,dtype=…] or auto.")
+@click.option("--codec", default="auto", show_default=True,
+              help="topk[,k=…], adaptive[,mean_k=…|,kl=…], sampled[,draws=…], dense[,dtype=…] or auto; kdcache plan compares them.")  # fmt: skip
+@click.option("--mean-k", type=float, help="Codec adaptive: classes that a record keeps on average.")
+@click.option("--kl", type=float, help="Codec adaptive: mean KL in nats that may be left.")
+@click.option("--format", "layout", type=click.Choice(["zarr", "parquet"]), default="zarr", show_default=True,
+              help="How records lie in files: zarr to train from, parquet for other tools.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the views.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a forward pass.")
 @click.option("--block-samples", type=click.IntRange(min=1), help="Samples in a chunk file; by default by the dataset's size.")
@@ -37,13 +43,15 @@ Examples:
 @device_option
 @config_option
 @json_option
-def dump(teacher: Path, data: str, out: Path, as_json: bool, **options: Any) -> None:
+def dump(teacher: Path, data: str, out: Path, codec: str, mean_k: float | None, kl: float | None, as_json: bool, **options: Any) -> None:
     """Run the teacher once over every view and store its soft labels.
 
     Running the same command again goes on where the last run was cut off, and ends in the same bytes.
     """
     command = shlex.join(["kdcache", *sys.argv[1:]])
-    result = kdcache.dump(teacher, data, out, command=command, progress=ConsoleProgress(), **options)
+    targets = [f",{name}={value}" for name, value in (("mean_k", mean_k), ("kl", kl)) if value is not None]
+    codec = "".join(["adaptive" if targets and codec == "auto" else codec, *targets])
+    result = kdcache.dump(teacher, data, out, codec=codec, command=command, progress=ConsoleProgress(), **options)
     manifest = result.manifest
     summary = {
         "path": result.path,

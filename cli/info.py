@@ -41,9 +41,12 @@ def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
         return {**pairs, "state": "unfinished; run the same kdcache dump again to go on"}
     statistics, provenance = result.manifest.statistics, result.manifest.provenance
     masses = ", ".join(f"{format_share(mass)} at T={t}" for t, mass in statistics.retained_mass.items())
+    records = result.manifest.grid.num_samples * result.manifest.grid.num_views
     return {
         **pairs,
         "size": f"{format_bytes(result.size_bytes)}; full float32 logits: {format_bytes(result.float32_bytes)}",
+        "records": f"{records:,} of {statistics.entries:.4g} classes and {result.record_bytes:.4g} bytes each",
+        "layout": f"{result.manifest.layout}, content {result.manifest.content}",
         "teacher's top-1": f"{format_share(statistics.teacher_accuracy)} on the stored labels",
         "retained mass": masses or "everything",
         "made": f"{provenance.created} by {provenance.created_by} on {provenance.device}",

@@ -26,8 +26,10 @@ Examples:
 @click.option("--temperature", type=float, default=4.0, show_default=True, help="Temperature of the KD loss; any.")
 @click.option("--alpha", type=float, default=0.9, show_default=True, help="Weight of the KD loss.")
 @click.option("--hard", type=float, default=0.0, show_default=True, help="Weight of the teacher's hard label.")
-@click.option("--tail", type=click.Choice(["bucket", "uniform", "renormalize"]), default="bucket", show_default=True,
+@click.option("--tail", type=click.Choice(["bucket", "uniform", "profile", "renormalize"]), default="bucket", show_default=True,
               help="What stands for the classes that were not kept.")  # fmt: skip
+@click.option("--order", type=click.Choice(["auto", "random", "windows"]), default="auto", show_default=True,
+              help="Order of the samples; windows reads a few ranges at a time, for stores without quick random access.")  # fmt: skip
 @click.option("--allow-changed-pixels", is_flag=True,
               help="Train even if the students would see other pixels than the teacher saw.")  # fmt: skip
 @training_options
@@ -35,7 +37,7 @@ Examples:
 @json_option
 def train(
     student: tuple[str, ...], cache: Path, out: Path, data: str | None, eval_data: str | None,
-    temperature: float, alpha: float, hard: float, tail: Any, allow_changed_pixels: bool, as_json: bool, **options: Any,
+    temperature: float, alpha: float, hard: float, tail: Any, order: Any, allow_changed_pixels: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train students from a cache; the teacher is not needed.
 
@@ -45,6 +47,7 @@ def train(
         list(student), cache, out, data=data, eval_data=eval_data,
         distillation=kdcache.DistillationOptions(temperature=temperature, alpha=alpha, hard=hard, tail=tail),
         options=kdcache.TrainingOptions(**options),
+        order=order,
         allow_changed_pixels=allow_changed_pixels,
         progress=ConsoleProgress(),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.learning.datasets import Dataset, MapDataset, wrap_dataset
-from kdcache.learning.loader import Gather, ViewLoader
+from kdcache.learning.loader import ViewLoader
 from kdcache.learning.views import SeededViews, library_versions
-from kdcache.records.errors import FormatError, MismatchError
+from kdcache.records.errors import ConfigError, FormatError, MismatchError
 from kdcache.records.hashing import sha256
 from kdcache.records.manifest import Manifest, Probe
 from kdcache.records.specs import Spec
@@ -24,6 +25,9 @@ from kdcache.targets.profile import PROFILE, Profile, profile_field
 from kdcache.targets.soft_targets import SoftTargets
 
 NUM_PROBES = 8
+
+Order = Literal["auto", "random", "windows"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 class Cache:
@@ -72,7 +76,7 @@ class Cache:
         """The teacher's mean answer to each top class; None where the cache does not keep it."""
         return Profile.from_numpy(self.reader.shared(PROFILE)) if self.codec.keeps_profile else None
 
-    def join(self, dataset: Dataset) -> Gather:
+    def join(self, dataset: Dataset) -> "Joined":
         """Soft targets by the dataset's own rows, whatever its order and however small a part of the cached set it is.
 
         Raises:
@@ -81,8 +85,7 @@ class Cache:
         teacher_classes = self.manifest.recipe.teacher.num_classes
         if dataset.num_classes > teacher_classes:
             raise MismatchError(f"the dataset has {dataset.num_classes} classes, the cached teacher {teacher_classes}")
-        rows = self._rows_of(dataset)
-        return lambda dataset_rows, views: self.soft_targets(rows[dataset_rows], views)
+        return Joined(self, self._rows_of(dataset))
 
     def batches(
         self,
@@ -91,6 +94,7 @@ class Cache:
         batch_size: int = 128,
         epochs: int = 1,
         seed: int = 0,
+        order: Order = "auto",
         num_workers: int = 0,
         device: torch.device | None = None,
     ) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int64[Tensor, "batch"], SoftTargets]]:
@@ -102,6 +106,7 @@ class Cache:
             batch_size: Samples in a batch; the last one of an epoch may be smaller.
             epochs: Passes over the samples; epoch `e` shows view `e mod num_views`.
             seed: Seed of the order.
+            order: `random`, or `windows` where random access is dear; `auto` by the cache's layout.
             num_workers: Processes that decode and augment; 0 for none but this one.
             device: Where batches go; None for the CPU.
 
@@ -113,7 +118,7 @@ class Cache:
         self.check_probes(data)
         loader = ViewLoader(
             data, self.views, batch_size=batch_size, seed=seed, num_views=self.num_views, gather=gather,
-            num_workers=num_workers, device=device,
+            blocks=gather.blocks(order), num_workers=num_workers, device=device,
         )  # fmt: skip
         for epoch in range(epochs):
             for batch in loader.epoch(epoch):
@@ -155,6 +160,37 @@ class Cache:
                 " give that dataset with --data, or dump this one"
             )
         return np.asarray(rows, np.int64)
+
+
+class Joined:
+    """A cache's soft targets by the rows of a dataset.
+
+    Args:
+        cache: The cache.
+        rows: The cache's row of each of the dataset's samples, [samples].
+    """
+
+    def __init__(self, cache: Cache, rows: NDArray[np.int64]) -> None:
+        self._cache, self._rows = cache, rows
+
+    def __call__(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> SoftTargets:
+        """Soft targets of (dataset row, view) pairs, both [records]."""
+        return self._cache.soft_targets(self._rows[rows], views)
+
+    def blocks(self, order: Order) -> list[NDArray[np.int64]] | None:
+        """The dataset's rows by the cache's ranges of samples, if they are to be read range by range; else None.
+
+        Raises:
+            ConfigError: Unknown order.
+        """
+        if order not in ORDERS:
+            raise ConfigError(f"unknown order {order!r}; expected one of: {', '.join(ORDERS)}")
+        if order == "random" or (order == "auto" and self._cache.reader.is_mapped):
+            return None
+        ranges = self._rows // self._cache.manifest.grid.block_samples
+        by_range = np.argsort(ranges, kind="stable")
+        cuts = np.flatnonzero(np.diff(ranges[by_range])) + 1
+        return np.split(by_range, cuts)
 
 
 def make_probes(dataset: Dataset, views: SeededViews, *, num_views: int) -> tuple[Probe, ...]:

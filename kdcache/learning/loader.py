@@ -33,8 +33,16 @@ class Batch:
     """The teacher's answers to these very views; None without a cache."""
 
 
+ROWS_IN_A_WINDOW = 262_144
+"""Rows that are shuffled together where random access is dear: of a store sorted by class, enough to see many classes."""
+
+
 class ViewLoader:
     """Shuffled epochs of augmented batches; epoch `e` is a pure function of (dataset, views, seed, e).
+
+    The order is a random permutation of all rows, or, with `blocks`, one of windows: some blocks, chosen at random, are shuffled
+    together, then the next ones. Then only the blocks of one window are read at a time. Either way an epoch can be taken up at any
+    batch: its state is (seed, epoch, position).
 
     Args:
         dataset: Decoded samples and their keys.
@@ -43,6 +51,7 @@ class ViewLoader:
         seed: Seed of the order.
         num_views: In epoch `e` every sample shows view `e mod num_views`; None for a fresh view every epoch.
         gather: Where soft targets come from; None for none.
+        blocks: The rows of each block of the store, for an order of windows; None for a random order.
         drop_last: Whether a last, smaller batch is left out (never the only one).
         num_workers: Processes that decode and augment; 0 for the main process.
         device: Where batches go.
@@ -57,6 +66,7 @@ class ViewLoader:
         seed: int = 0,
         num_views: int | None = None,
         gather: Gather | None = None,
+        blocks: Sequence[NDArray[np.int64]] | None = None,
         drop_last: bool = False,
         num_workers: int = 0,
         device: torch.device | None = None,
@@ -65,7 +75,8 @@ class ViewLoader:
             raise ConfigError(f"expected batch_size >= 1 and num_workers >= 0, found {batch_size} and {num_workers}")
         self.device = device or torch.device("cpu")
         self._gather, self._num_views = gather, num_views
-        self._order = _EpochOrder(len(dataset), batch_size=batch_size, seed=seed, drop_last=drop_last)
+        everything = [np.arange(len(dataset))]
+        self._order = _EpochOrder(blocks or everything, batch_size=batch_size, seed=seed, drop_last=drop_last)
         self._loader = DataLoader(
             _ViewDataset(dataset, views),
             batch_sampler=self._order,
@@ -78,11 +89,11 @@ class ViewLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._order)
+        return self._order.num_batches
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch."""
-        self._order.epoch = epoch
+    def epoch(self, epoch: int, *, position: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from the one at `position` on."""
+        self._order.epoch, self._order.position = epoch, position
         self._order.view = epoch if self._num_views is None else epoch % self._num_views
         for images, labels, rows, views in self._loader:
             soft = None if self._gather is None else self._gather(rows.numpy(), views.numpy()).to(self.device)
@@ -113,22 +124,39 @@ def collate_views(samples: Sequence[tuple[Tensor, int, int, int]]) -> tuple[Tens
 class _EpochOrder:
     """A batch sampler of (row, view) pairs in an order that is keyed by (seed, epoch)."""
 
-    def __init__(self, num_samples: int, *, batch_size: int, seed: int, drop_last: bool) -> None:
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+    def __init__(self, blocks: Sequence[NDArray[np.int64]], *, batch_size: int, seed: int, drop_last: bool) -> None:
+        self.blocks, self.batch_size, self.seed = blocks, batch_size, seed
+        num_samples = sum(map(len, blocks))
         self.num_batches = num_samples // batch_size if drop_last and num_samples >= batch_size else -(-num_samples // batch_size)
-        self.epoch = self.view = 0
+        self.epoch = self.view = self.position = 0
 
     def __len__(self) -> int:
-        return self.num_batches
+        return self.num_batches - self.position
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(stable_integer("order", self.seed, self.epoch))
-        order = torch.randperm(self.num_samples, generator=generator).tolist()
-        return self._batches(order, self.view)  # the epoch is fixed now, not when the first batch is asked for
+        order = window_order(self.blocks, generator).tolist()
+        return self._batches(order, self.view, self.position)  # the epoch is fixed now, not when the first batch is asked for
 
-    def _batches(self, order: list[int], view: int) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, self.num_batches * self.batch_size, self.batch_size):
+    def _batches(self, order: list[int], view: int, position: int) -> Iterator[list[tuple[int, int]]]:
+        for start in range(position * self.batch_size, self.num_batches * self.batch_size, self.batch_size):
             yield [(row, view) for row in order[start : start + self.batch_size]]
+
+
+def window_order(blocks: Sequence[NDArray[np.int64]], generator: torch.Generator) -> NDArray[np.int64]:
+    """All rows of all blocks: blocks in random order, as many at a time shuffled together as make a window."""
+    if len(blocks) == 1:
+        rows: NDArray[np.int64] = blocks[0][torch.randperm(len(blocks[0]), generator=generator).numpy()]
+        return rows
+    order: list[NDArray[np.int64]] = []
+    window: list[NDArray[np.int64]] = []
+    for number, block in enumerate(torch.randperm(len(blocks), generator=generator).tolist(), start=1):
+        window.append(blocks[block])
+        size = sum(map(len, window))
+        if size >= ROWS_IN_A_WINDOW or number == len(blocks):
+            order.append(np.concatenate(window)[torch.randperm(size, generator=generator).numpy()])
+            window = []
+    return np.concatenate(order)
 
 
 class _ViewDataset(torch.utils.data.Dataset[Any]):

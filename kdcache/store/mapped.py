@@ -30,15 +30,18 @@ class MappedField:
     def __init__(self, field: FieldRecord, grid: BlockGrid) -> None:
         self.field, self.width = field, row_bytes(field)
         self.window = _window(field, grid)
+        self._dtype = np.dtype(field.dtype).newbyteorder("<")
+        self._rows = self.window.items(np.dtype(f"V{self.width}"))
 
     def gather(self, places: Indices, rows: Indices) -> NDArray[Any]:
         """Records [n, *inner], by the places of their chunk files and their rows in them."""
-        raw = self.window.rows(places * self.window.stride + rows * self.width, self.width)
-        dtype, inner = np.dtype(self.field.dtype).newbyteorder("<"), self.field.inner
+        raw = self._rows[places * self.window.stride + rows * self.width]
+        inner = self.field.inner
         if self.field.bits is None:
-            return raw.view(dtype).reshape(len(rows), *inner)
-        packed = raw.reshape(len(rows), *inner[:-1], packed_bytes(inner[-1], self.field.bits))
-        return unpack(packed, inner[-1], self.field.bits, dtype)
+            records: NDArray[Any] = raw.view(self._dtype).reshape(len(rows), *inner)
+            return records
+        packed = raw.view(np.uint8).reshape(len(rows), *inner[:-1], packed_bytes(inner[-1], self.field.bits))
+        return unpack(packed, inner[-1], self.field.bits, self._dtype)
 
 
 class MappedCounts(MappedField):
@@ -47,9 +50,9 @@ class MappedCounts(MappedField):
     def __init__(self, field: FieldRecord, grid: BlockGrid) -> None:
         super().__init__(field, grid)
         self.items_a_row = int(np.prod(field.inner))
-        self._dtype = np.dtype(field.dtype).newbyteorder("<")
-        self._num_items = grid.block_samples * self.items_a_row
-        self._starts = np.zeros((len(self.window.mapped), -(-self._num_items // GROUP) + 1), np.int64)
+        num_groups = -(-grid.block_samples * self.items_a_row // GROUP)
+        self._starts = np.zeros((grid.num_views * grid.num_sample_blocks, num_groups + 1), np.int64)
+        self._groups = self.window.items(np.dtype(f"V{GROUP * self._dtype.itemsize}"))
 
     def index(self, place: int, *, num_rows: int) -> Indices:
         """Adds a chunk's counts up, once it is mapped; gives the counts of its rows, [num_rows · items]."""
@@ -64,10 +67,10 @@ class MappedCounts(MappedField):
         """How many entries stand before each record in its chunk, [n]."""
         first = rows * self.items_a_row
         group = first // GROUP
-        size = self._dtype.itemsize
-        raw = self.window.rows(places * self.window.stride + group * GROUP * size, GROUP * size)
+        raw = self._groups[places * self.window.stride + group * GROUP * self._dtype.itemsize]
+        counts = raw.view(self._dtype).reshape(len(rows), GROUP)
         before = np.arange(GROUP) < (first % GROUP)[:, None]
-        starts: Indices = self._starts[places, group] + np.where(before, raw.view(self._dtype), 0).sum(axis=1, dtype=np.int64)
+        starts: Indices = self._starts[places, group] + np.where(before, counts, 0).sum(axis=1, dtype=np.int64)
         return starts
 
 
@@ -85,6 +88,8 @@ class MappedRagged:
         self.field, self.grid, self.counts, self.minus = field, grid, counts, field.lengths.minus
         self.window = _window(field, grid)
         self._piece_entries, self._piece_bytes = piece_entries(field, grid), piece_bytes(field, grid)
+        self._dtype = np.dtype(field.dtype).newbyteorder("<")
+        self._entries = self.window.items(self._dtype if field.bits is None else word_type(8, field.bits))
 
     def expect_size(self, place: int, size: int, *, num_rows: int) -> None:
         """Refuses a shard that is not as long as the counts say.
@@ -111,14 +116,14 @@ class MappedRagged:
 
     def _read(self, places: Indices, entries: Indices) -> NDArray[Any]:
         piece, place_in_piece = np.divmod(entries, self._piece_entries)
-        dtype = np.dtype(self.field.dtype).newbyteorder("<")
         addresses = places * self.window.stride + piece * (self._piece_bytes + CRC_BYTES)
-        if self.field.bits is None:
-            return self.window.words(addresses + place_in_piece * dtype.itemsize, dtype)
-        byte, shift = np.divmod(place_in_piece * self.field.bits, 8)
-        word = word_type(8, self.field.bits)
-        words = self.window.words(addresses + byte, word)
-        unpacked: NDArray[Any] = ((words >> shift.astype(word)) & word.type(2**self.field.bits - 1)).astype(dtype)
+        bits = self.field.bits
+        if bits is None:
+            read: NDArray[Any] = self._entries[addresses + place_in_piece * self._dtype.itemsize]
+            return read
+        byte, shift = np.divmod(place_in_piece * bits, 8)
+        words = self._entries[addresses + byte]
+        unpacked: NDArray[Any] = ((words >> shift.astype(words.dtype)) & words.dtype.type(2**bits - 1)).astype(self._dtype)
         return unpacked
 
 

@@ -73,6 +73,7 @@ class CacheReader:
         self._fields = {field.name: field for field in self.manifest.fields}
         self._files = {file.path: file for file in self.manifest.files}
         self._verified: set[str] = set()
+        self._wanted: dict[tuple[str, ...], list[FieldRecord]] = {}
         self._source = _Mapped(self) if self.is_mapped else _Decoded(self)
 
     def __reduce__(self) -> tuple[type["CacheReader"], tuple[Path]]:
@@ -152,9 +153,14 @@ class CacheReader:
         return record
 
     def _with_counts(self, names: Sequence[str]) -> list[FieldRecord]:
-        fields = [self.field(name) for name in names]
-        counts = [self.field(field.lengths.field) for field in fields if field.lengths]
-        return list({field.name: field for field in (*counts, *fields)}.values())
+        """Records of these fields and of the counts of ragged ones; what is not ragged comes first."""
+        wanted = tuple(names)
+        if wanted not in self._wanted:
+            fields = [self.field(name) for name in wanted]
+            counts = [self.field(field.lengths.field) for field in fields if field.lengths]
+            unique = {field.name: field for field in (*counts, *fields)}.values()
+            self._wanted[wanted] = sorted(unique, key=lambda field: field.lengths is not None)
+        return self._wanted[wanted]
 
     def verify_all(self) -> None:
         """Verifies every file now, so that training cannot meet damage in its middle.
@@ -196,7 +202,7 @@ class _Mapped:
 
     def gather(self, fields: Sequence[FieldRecord], places: Rows, rows: Rows) -> dict[str, NDArray[Any]]:
         gathered: dict[str, NDArray[Any]] = {}
-        for field in sorted(fields, key=lambda field: field.lengths is not None):
+        for field in fields:
             if field.lengths is None:
                 fixed = self._open_fixed(field)
                 self._open_chunks(fixed.window, field, places)
@@ -222,9 +228,7 @@ class _Mapped:
         return self._ragged[field.name]
 
     def _open_chunks(self, window: Window, field: FieldRecord, places: Rows) -> None:
-        if window.mapped[places].all():
-            return
-        for place in np.unique(places[~window.mapped[places]]).tolist():
+        for place in window.missing(places):
             view, sample_block = divmod(place, self._grid.num_sample_blocks)
             path = chunk_path(field, sample_block=sample_block, view=view)
             size = self._reader.require(path).size_bytes
@@ -258,7 +262,7 @@ class _Decoded:
     def _gather_place(self, fields: Sequence[FieldRecord], place: int, rows: Rows) -> dict[str, NDArray[Any]]:
         records = self._records(fields, place)
         gathered: dict[str, NDArray[Any]] = {}
-        for field in sorted(fields, key=lambda field: field.lengths is not None):
+        for field in fields:
             if field.lengths is None:
                 gathered[field.name] = records[field.name][rows]
             else:
@@ -327,5 +331,5 @@ def _file_problem(root: Path, record: FileRecord) -> str | None:
 
 
 def _require_within(values: Rows, count: int, what: str) -> None:
-    if len(values) and not (int(values.min()) >= 0 and int(values.max()) < count):
+    if len(values) and not int(values.view(np.uint64).max()) < count:  # a negative number is a very large one here
         raise MismatchError(f"expected {what}s from 0 to {count - 1}, found {int(values.min())} to {int(values.max())}")

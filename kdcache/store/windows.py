@@ -32,7 +32,8 @@ class Window:
         size = num_places * self.stride + _SLACK
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self.bytes: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ), np.uint8)
-        self.mapped: NDArray[np.bool_] = np.zeros(num_places, np.bool_)
+        self._mapped: NDArray[np.bool_] = np.zeros(num_places, np.bool_)
+        self._num_missing = num_places
 
     def map(self, place: int, path: Path) -> None:
         """Maps a file into a place, read-only.
@@ -49,19 +50,19 @@ class Window:
             self._map_fixed(self.bytes.ctypes.data + place * self.stride, size, descriptor)
         finally:
             os.close(descriptor)
-        self.mapped[place] = True
+        self._mapped[place] = True
+        self._num_missing = int(np.count_nonzero(~self._mapped))
 
-    def rows(self, addresses: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
-        """The `width` bytes from each address on, [n, width]."""
-        view = np.ndarray((len(self.bytes) - width + 1,), f"V{width}", self.bytes, strides=(1,))
-        rows: NDArray[np.uint8] = view[addresses].view(np.uint8).reshape(len(addresses), width)
-        return rows
+    def missing(self, places: NDArray[np.int64]) -> list[int]:
+        """Those of these places to which no file is mapped yet."""
+        if not self._num_missing:
+            return []
+        found: list[int] = np.unique(places[~self._mapped[places]]).tolist()
+        return found
 
-    def words(self, addresses: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """The number that begins at each address, in the shape of `addresses`."""
-        view = np.ndarray((len(self.bytes) - dtype.itemsize + 1,), dtype, self.bytes, strides=(1,))
-        words: NDArray[Any] = view[addresses]
-        return words
+    def items(self, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """What begins at each address, as `dtype`: an array that overlaps itself, to be indexed by addresses."""
+        return np.ndarray((len(self.bytes) - dtype.itemsize + 1,), dtype, self.bytes, strides=(1,))
 
     @staticmethod
     def _map_fixed(address: int, size: int, descriptor: int) -> None:

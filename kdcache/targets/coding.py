@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from kdcache.records.errors import SpecError
 from kdcache.records.manifest import FieldRecord, Lengths
@@ -57,7 +58,7 @@ def encode_falls(log_probs: Float[Tensor, "*batch kept"], fall_range: float) -> 
 def decode_falls(codes: UInt8[Tensor, "*batch falls"], fall_range: float) -> Float[Tensor, "*batch kept"]:
     """Log-probabilities of the kept classes below the first one's, [*batch, falls + 1]."""
     falls = codes.float().mul_(math.sqrt(fall_range) / LARGEST_CODE).square_()
-    return torch.cat([falls.new_zeros((*falls.shape[:-1], 1)), falls.cumsum(dim=-1).neg_()], dim=-1)
+    return functional.pad(falls.cumsum(dim=-1).neg_(), (1, 0))
 
 
 def tail_masses(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from kdcache.learning.cache import Cache
+from kdcache.learning.cache import Cache, Order
 from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import Batch, ViewLoader
 from kdcache.learning.losses import Tail, check_weights, distillation_loss
@@ -23,8 +23,8 @@ from kdcache.workflows.fit import open_held_out
 from kdcache.workflows.learner import Learner, Outputs, TrainingOptions, is_finished, run_training
 from kdcache.workflows.runs import Row, RunFiles
 
-LOW_MASS = 0.5
-"""Below this mean retained mass at the chosen temperature a run begins with a warning."""
+LOW_MASS = {"bucket": 0.5, "uniform": 0.5, "profile": 0.5, "renormalize": 0.9}
+"""Below this mean retained mass at the chosen temperature a run begins with a warning, by tail policy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +80,7 @@ def train(
     eval_data: str | None = None,
     distillation: DistillationOptions | None = None,
     options: TrainingOptions | None = None,
+    order: Order = "auto",
     allow_changed_pixels: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
@@ -93,6 +94,8 @@ def train(
         eval_data: Held-out dataset spec; the dataset's own test split where there is one when None.
         distillation: What to learn from the teacher.
         options: How to train.
+        order: In which order the samples are shown: `random`, or `windows` of a few ranges of samples for a store that random
+            access is slow to; `auto` by the cache's layout.
         allow_changed_pixels: Train even though the students would not see the pixels that the teacher saw: its answers then
             belong to slightly other images.
         progress: Told how far it is.
@@ -121,6 +124,7 @@ def train(
         seed=options.seed,
         num_views=opened.num_views,
         gather=gather,
+        blocks=gather.blocks(order),
         drop_last=True,
         num_workers=options.workers,
         device=resolve_device(options.device),
@@ -138,6 +142,7 @@ def train(
             "alpha": distillation.alpha,
             "hard": distillation.hard,
             "tail": distillation.tail,
+            "order": order,
             **options.config(),
         }
     )
@@ -181,14 +186,20 @@ def _outputs(folder: Path, cache: Cache, options: TrainingOptions) -> Outputs:
 
 
 def _warn_of_low_mass(cache: Cache, distillation: DistillationOptions, progress: Progress) -> None:
-    """Says so when the cache keeps little of the teacher at this temperature."""
+    """Says so when the cache keeps little of the teacher at this temperature, and what would help."""
     rows = np.arange(min(cache.manifest.grid.num_samples, 1024))
-    mass = 1 - cache.soft_targets(rows, np.zeros_like(rows)).tail_mass_at(distillation.temperature).mean().item()
-    if mass < LOW_MASS:
-        progress.note(
-            f"warning: at temperature {distillation.temperature:g} the codec {cache.codec.spec} keeps {mass:.0%} of the teacher's"
-            " probability; dump more classes (--codec topk,k=…) or train at a lower temperature"
-        )
+    soft = cache.soft_targets(rows, np.zeros_like(rows))
+    soft.probs_at(distillation.temperature)  # sampled targets hold at one temperature: better said now than at the first step
+    mass = 1 - soft.tail_mass_at(distillation.temperature).mean().item()
+    if mass >= LOW_MASS[distillation.tail]:
+        return
+    better = "profile" if cache.codec.keeps_profile else "bucket" if distillation.tail == "renormalize" else None
+    policy = f"train with --tail {better}, " if better and better != distillation.tail else ""
+    progress.note(
+        f"warning: at temperature {distillation.temperature:g} the codec {cache.codec.spec} keeps {mass:.0%} of the teacher's"
+        f" probability, and the tail policy {distillation.tail} stands for the rest; {policy}train at a lower temperature, or dump more"
+        f" classes (`kdcache plan --temperature {distillation.temperature:g}` shows how many)"
+    )
 
 
 def _result(learners: Sequence[Learner], outputs: Sequence[Outputs], files: RunFiles, rows: list[Row]) -> TrainResult:

@@ -1,5 +1,6 @@
 """`kdcache info` and `kdcache verify`: what a cache holds and whether every byte is what was written. No torch."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class CacheInfo:
     """Bytes of a complete cache; 0 while a dump is not finished."""
     float32_bytes: int
     """What the full logits of the same views take as float32."""
+    record_bytes: float
+    """Bytes of a record, one (sample, view), on average; 0 while a dump is not finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +78,14 @@ def info(cache: Path) -> CacheInfo:
         blocks_total=len(grid.blocks()),
         manifest=manifest,
         size_bytes=manifest.size_bytes if manifest else 0,
-        float32_bytes=4 * grid.num_samples * grid.num_views * recipe.teacher.num_classes,
+        float32_bytes=4 * grid.num_samples * grid.num_views * math.prod((*recipe.teacher.positions, recipe.teacher.num_classes)),
+        record_bytes=_record_bytes(manifest) if manifest else 0.0,
     )
+
+
+def _record_bytes(manifest: Manifest) -> float:
+    size = sum(file.size_bytes for block in manifest.blocks for file in block.files)
+    return size / (manifest.grid.num_samples * manifest.grid.num_views)
 
 
 def verify(cache: Path, *, progress: Progress | None = None) -> VerifyResult:
