@@ -13,6 +13,8 @@ DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")
 KEY_BYTES = 16
 LARGEST_BLOCK_BYTES = 2**31
 """No writer makes chunk files near this; a larger one is a mistake or an attack."""
+MOST_VIEWS = 2**20
+"""More would take memory for their names alone."""
 
 
 def check_manifest(manifest: Manifest, *, where: str) -> None:
@@ -29,6 +31,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     grid = manifest.grid
     if min(grid.num_samples, grid.num_views, grid.block_samples, grid.block_views) < 1:
         yield f"expected positive numbers in the grid, found {grid}"
+    if grid.num_views > MOST_VIEWS:
+        yield f"expected at most {MOST_VIEWS} views, found {grid.num_views}"
     if grid.num_samples != manifest.recipe.dataset.num_samples:
         yield f"the grid has {grid.num_samples} samples, the recipe {manifest.recipe.dataset.num_samples}"
     yield from (problem for field in manifest.fields for problem in _field_problems(field, grid.block_samples))
@@ -60,7 +64,7 @@ def _field_problems(field: FieldRecord, block_samples: int) -> Iterator[str]:
         yield f"expected the axes (view, sample), (sample) or none for {field.name!r}, found {field.axes}"
     if field.bits is not None and not (field.inner and field.dtype.startswith("uint") and 1 <= field.bits <= min(int(field.dtype[4:]), 57)):
         yield f"expected bits only for unsigned entries that have so many, found {field.bits} for {field.name!r} of {field.dtype}"
-    size = 8 * block_samples
+    size = 8 * (block_samples if field.axes else 1)
     for length in field.inner:
         size *= length
     if size > LARGEST_BLOCK_BYTES:
@@ -84,5 +88,6 @@ def _file_problems(manifest: Manifest) -> Iterator[str]:
             yield f"expected file paths inside the cache's directory, found {path!r}"
     if len(set(paths)) != len(paths):
         yield "a file is listed twice"
-    if [record.block for record in manifest.blocks] != list(manifest.grid.blocks()):
-        yield f"expected the {len(manifest.grid.blocks())} blocks of the grid in order, found {len(manifest.blocks)}"
+    expected = manifest.grid.num_blocks
+    if len(manifest.blocks) != expected or [record.block for record in manifest.blocks] != list(manifest.grid.blocks()):
+        yield f"expected the {expected} blocks of the grid in order, found {len(manifest.blocks)}"

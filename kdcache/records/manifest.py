@@ -116,6 +116,11 @@ class BlockGrid:
         """Chunks along the sample axis."""
         return -(-self.num_samples // self.block_samples)
 
+    @property
+    def num_blocks(self) -> int:
+        """How many there are."""
+        return self.num_sample_blocks * -(-self.num_views // self.block_views)
+
     def blocks(self) -> tuple[Block, ...]:
         """All blocks, sample range by sample range."""
         return tuple(
@@ -298,7 +303,7 @@ class Manifest:
         document |= document.pop("extra")
         document["digest"] = NO_DIGEST
         data = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        return _replace_once(data, NO_DIGEST, sha256(data))
+        return data.replace(f'\n "digest": "{NO_DIGEST}"'.encode(), f'\n "digest": "{sha256(data)}"'.encode())
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Self:
@@ -319,6 +324,8 @@ class Manifest:
         digest = document.pop("digest", None)
         if not isinstance(digest, str) or digest != _digest_of_file(data, digest):
             raise IntegrityError(f"{where} is damaged or was edited: its digest does not match; pull or dump the cache again")
+        if _digest(document) is None:
+            raise FormatError(f"{where}: expected JSON without NaN, infinity and lone surrogates")
         known = {name: document.pop(name) for name in cls.__dataclass_fields__ if name != "extra" and name in document}
         recipe_key = _digest(known.get("recipe"))
         manifest = from_json(cls, {**known, "extra": document}, where=where)

@@ -1,5 +1,6 @@
 """Random records out of mapped chunk files: a few NumPy calls a batch, wherever the records lie."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -139,7 +140,7 @@ def gather_ragged(
         read: Entries by (number of the record, place of the entry), both [entries].
     """
     assert field.lengths is not None
-    lengths = counts.reshape(len(counts), -1).astype(np.int64) - field.lengths.minus
+    lengths = counts.reshape(len(counts), math.prod(counts.shape[1:])).astype(np.int64) - field.lengths.minus
     most = int(lengths.max(initial=0))
     first = starts[:, None] + np.cumsum(lengths, axis=1) - lengths
     rank = np.arange(most)

@@ -80,28 +80,41 @@ class SoftTargets:
     def tail_mass_at(self, temperature: float) -> Float[Tensor, "*batch"]:
         """Probability of everything that is not kept, at any temperature.
 
-        Stored at the declared temperatures. In between, log Σ exp(z / T) over the tail is interpolated linearly in 1/T, where
-        it is smooth and convex; at infinite temperature it is known exactly: log of how many classes the tail has. Below
-        the lowest declared temperature it goes on with the last slope.
+        Stored at the declared temperatures. At others it follows from g(1/T) = log Σ exp(z / T) over the tail, a convex function
+        that is known at the declared ones and, as the logarithm of how many classes the tail has, at 1/T = 0. Between two
+        known points g is a parabola through both with the slope at the right one estimated from its neighbours; below the
+        lowest declared temperature it goes on with the slope there, which lies between the last chord and the least kept logit,
+        as no class of the tail has a larger one.
         """
         if self.tail_mass is None:
             return self.log_probs.new_zeros(self.log_probs.shape[:-1])
         if temperature in self.temperatures:
             return self.tail_mass[..., self.temperatures.index(temperature)]
-        known = [self._log_tail_at_infinity(), *map(self._log_tail_at_declared, reversed(range(len(self.temperatures))))]
-        inverse = [0.0, *(1 / declared for declared in reversed(self.temperatures))]
-        right = next((i for i, beta in enumerate(inverse) if beta >= 1 / temperature), len(inverse) - 1)
-        weight = (1 / temperature - inverse[right - 1]) / (inverse[right] - inverse[right - 1])
-        log_tail = torch.lerp(known[right - 1], known[right], weight)
-        return (log_tail - (self.log_probs / temperature).logsumexp(dim=-1)).sigmoid()
+        inverse = 1 / temperature
+        log_tail = self._log_tail(inverse, [0.0, *(1 / declared for declared in reversed(self.temperatures))])
+        return (log_tail - (self.log_probs * inverse).logsumexp(dim=-1)).sigmoid()
 
-    def _log_tail_at_infinity(self) -> Float[Tensor, "*batch"]:
-        return (self.num_classes - self.kept.sum(dim=-1)).to(self.log_probs.dtype).log()
-
-    def _log_tail_at_declared(self, i: int) -> Float[Tensor, "*batch"]:
+    def _log_tail(self, inverse: float, known: list[float]) -> Float[Tensor, "*batch"]:
+        """G at 1/T = `inverse`, from the ascending points where it is known, the first of them 0."""
         assert self.tail_mass is not None
-        mass = self.tail_mass[..., i].clamp(SMALLEST_MASS, 1 - SMALLEST_MASS)
-        return torch.logit(mass) + (self.log_probs / self.temperatures[i]).logsumexp(dim=-1)
+        mass = self.tail_mass.clamp(SMALLEST_MASS, 1 - SMALLEST_MASS).flip(-1)
+        kept = [(self.log_probs * beta).logsumexp(dim=-1) for beta in known[1:]]
+        num_tail = self.num_classes - self.kept.sum(dim=-1)
+        g = [num_tail.to(self.log_probs.dtype).log(), *(torch.logit(mass[..., i]) + kept[i] for i in range(len(kept)))]
+        last = len(known) - 1
+        j = next((i for i in range(1, last) if inverse <= known[i]), last)
+        chord = (g[j] - g[j - 1]) / (known[j] - known[j - 1])
+        if j < last:
+            next_chord = (g[j + 1] - g[j]) / (known[j + 1] - known[j])
+            share = (known[j] - known[j - 1]) / (known[j + 1] - known[j - 1])
+            slope = torch.lerp(chord, next_chord, share)
+        else:
+            least = self.log_probs.masked_fill(~self.kept, math.inf).amin(dim=-1)
+            slope = (chord + torch.maximum(chord, least)) / 2
+        if inverse > known[j]:
+            return g[j] + slope * (inverse - known[j])
+        before, behind = inverse - known[j - 1], known[j] - inverse
+        return g[j - 1] + chord * before - (slope - chord) * (before * behind / (known[j] - known[j - 1]))
 
     def probs_at(self, temperature: float) -> tuple[Float[Tensor, "*batch kept"], Float[Tensor, "*batch"]]:
         """Probabilities of the kept classes, and of everything else together. They add up to one.
