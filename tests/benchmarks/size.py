@@ -1,0 +1,119 @@
+"""Bytes of a (class, value) entry, and what the coding costs: kdcache beside other layouts of the same records.
+
+Run: python tests/benchmarks/size.py            (about four minutes on two cores; prints Markdown)
+"""
+
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from kdcache.data import embedded_teacher
+from measuring import ROWS, machine, make_store, realistic_blocks, table
+from synthetic import realistic_logits
+
+from kdcache.learning.checkpoints import load_model
+from kdcache.learning.datasets import open_dataset
+from kdcache.learning.fidelity import FullAnswers
+from kdcache.records.specs import Spec
+from kdcache.targets.codecs import Codec, make_codec
+from kdcache.targets.soft_targets import SoftTargets
+from kdcache.workflows.convert import convert
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+
+PEERS = {
+    "TinyViT: int16 class, float16 value, 4-byte seed a view": lambda k: struct.calcsize(f"<{k}h{k}ei"),
+    "RS-KD: 17 + 7 bits": lambda k: 3 * k,
+    "FKD: int32 class, float32 value": lambda k: struct.calcsize(f"<{k}i{k}f"),
+    "MaxText-like: int32 class, float16 value": lambda k: 6 * k,
+}
+"""Bytes of a record of k entries, laid out as these systems do. DistillKit reports 2.3 to 2.7 bytes an entry, lossy."""
+
+
+def added_kl(logits: torch.Tensor, soft: SoftTargets, temperature: float) -> float:
+    """Mean KL(exact kept classes and tail ‖ decoded ones) in nats: what the coding alone adds, beside the truncation."""
+    exact = (logits.double() / temperature).softmax(-1)
+    kept = exact if soft.index is None else torch.where(soft.kept, exact.gather(-1, soft.index), 0.0)
+    decoded, mass = soft.probs_at(temperature)
+    p = torch.cat([kept, (1 - kept.sum(-1, keepdim=True)).clamp(min=0)], -1)
+    q = torch.cat([decoded, mass.unsqueeze(-1)], -1).double()
+    return torch.where(p > 1e-12, p * (p.clamp(min=1e-12).log() - q.clamp(min=1e-12).log()), 0.0).sum(-1).mean().item()
+
+
+def embedded_logits() -> torch.Tensor:
+    """What the embedded teacher says of 2,000 test images."""
+    teacher = load_model(embedded_teacher(), num_classes=10, image_shape=(1, 28, 28)).model
+    dataset = open_dataset(Spec.parse("fashion-mini,split=test"), trusted=True)
+    with torch.inference_mode():
+        logits: torch.Tensor = teacher(torch.stack([dataset[row][0] for row in range(2000)]).float() / 255)
+    return logits
+
+
+def codec_row(title: str, codec: Codec, logits: torch.Tensor) -> str:
+    """Mapped and compact bytes of records of these logits, without tables and keys, and the KL that coding adds."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        manifest = make_store(root / "mapped", codec, iter([logits]), num_blocks=1, num_rows=len(logits))
+        packed = convert(root / "mapped", root / "compact", layout="compact").manifest
+    mapped, compact = (sum(file.size_bytes for block in made.blocks for file in block.files) / len(logits) for made in (manifest, packed))
+    tables = sum(file.size_bytes for file in packed.metadata_files if file.path.startswith("orders"))
+    few = logits[:2048]
+    soft = codec.decode(codec.encode(few, range(len(few))))
+    added = ", ".join(f"{added_kl(few, soft, t):.1e}" for t in TEMPERATURES) if soft.sampled_at is None else "unbiased"
+    entries = manifest.statistics.entries
+    return (
+        f"{title} | `{codec.spec.name}` {entries:.4g} | {mapped:.2f} | {compact:.2f} | {mapped / entries:.2f} | {compact / entries:.2f} |"
+        f" {tables:,} | {added}"
+    )
+
+
+def rows() -> Iterator[str]:
+    """One line for each teacher and codec."""
+    real = embedded_logits()
+    for text in ("topk,k=5", "adaptive,mean_k=3", "dense,dtype=uint8", "dense"):
+        codec = make_codec(Spec.parse(text), num_classes=10).calibrated(real)
+        yield codec_row("embedded teacher, 10 classes", codec, real)
+    logits = next(realistic_blocks(1))
+    for text in ("topk,k=10", "topk,k=16", "topk,k=32", "topk,k=100", "topk,k=16,values=float16", "adaptive,mean_k=10", "sampled,draws=50"):
+        codec = make_codec(Spec.parse(text), num_classes=1000).calibrated(logits[:2048])
+        yield codec_row(f"realistic, 1000 classes, {ROWS:,} records", codec, logits)
+    tokens = realistic_logits(4096, 128_000, chunk=512)[0]
+    yield codec_row("tokens, 128,000 classes, 4,096 records", make_codec(Spec.parse("topk,k=64"), num_classes=128_000), tokens)
+
+
+def peers() -> Iterator[str]:
+    """The same records as other systems lay them out."""
+    for title, size in PEERS.items():
+        yield f"{title} | " + " | ".join(f"{size(k) / k:.2f}" for k in (10, 16, 32, 100))
+
+
+def entries_at_equal_kl() -> Iterator[str]:
+    """How many entries `adaptive` needs for the KL(full ‖ cached, uniform tail) of a fixed k."""
+    logits = realistic_logits(8192, seed=3)[0]
+    for temperature in (1.0, 4.0):
+        full = FullAnswers(logits[4096:], temperatures=(temperature,), temperature=temperature)
+        for k in (5, 16, 32):
+            fixed = make_codec(Spec.parse(f"topk,k={k},temperatures=({temperature},)"), num_classes=1000)
+            kl = full.divergence(fixed.decode(fixed.encode(logits[4096:])), temperature, "uniform").mean().item()
+            text = f"adaptive,kl={kl},temperature={temperature},temperatures=({temperature},),max_k=256"
+            adaptive = make_codec(Spec.parse(text), num_classes=1000).calibrated(logits[:4096])
+            soft = adaptive.decode(adaptive.encode(logits[4096:]))
+            found, mean_k = full.divergence(soft, temperature, "uniform").mean().item(), soft.kept.sum(-1).float().mean().item()
+            yield f"{temperature:g} | {k} | {kl:.4f} | {mean_k:.2f} | {found:.4f} | {1 - mean_k / k:.0%}"
+
+
+def main() -> None:
+    """Prints the tables."""
+    print(machine())
+    table(
+        "logits|codec, entries|mapped B a record|compact B a record|mapped B an entry|compact B an entry|order table, B|KL that coding adds at T=1, 2, 4",
+        rows(),
+    )
+    table("other layouts, B an entry|k=10|k=16|k=32|k=100", peers())
+    table("T|fixed k|its KL|mean k of `adaptive`|its KL on other samples than it was calibrated on|entries saved", entries_at_equal_kl())
+
+
+if __name__ == "__main__":
+    main()
