@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from kdcache.records.errors import FormatError
 from kdcache.records.manifest import RECORD_AXES, SAMPLE_AXES, TABLE_AXES, FieldRecord, Manifest
 
-DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")
+DTYPE_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8, "float16": 2, "float32": 4}
+DTYPES = tuple(DTYPE_BYTES)
 """The only array types of format 1.0. Anything else could make NumPy read memory that is not data."""
 
 KEY_BYTES = 16
@@ -64,7 +65,7 @@ def _field_problems(field: FieldRecord, block_samples: int) -> Iterator[str]:
         yield f"expected the axes (view, sample), (sample) or none for {field.name!r}, found {field.axes}"
     if field.bits is not None and not (field.inner and field.dtype.startswith("uint") and 1 <= field.bits <= min(int(field.dtype[4:]), 57)):
         yield f"expected bits only for unsigned entries that have so many, found {field.bits} for {field.name!r} of {field.dtype}"
-    size = 8 * (block_samples if field.axes else 1)
+    size = DTYPE_BYTES.get(field.dtype, 8) * (block_samples if field.axes else 1)
     for length in field.inner:
         size *= length
     if size > LARGEST_BLOCK_BYTES:

@@ -208,7 +208,7 @@ class Statistics:
     retained_mass: dict[str, float]
     """Mean probability mass of the kept classes, by temperature."""
     entries: float
-    """Mean number of (class, value) entries of a record."""
+    """Mean number of (class, value) entries of a record, or of each of its positions."""
     class_counts: tuple[int, ...]
     """Samples by label."""
 
@@ -294,7 +294,7 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """The logical hash: equal for equal records, labels and tables, whatever the layout."""
+        """The logical hash: equal for equal records, labels and tables on the same grid, whatever the layout."""
         return sha256(canonical_json({"blocks": [block.content for block in self.blocks], "fields": self.contents}))
 
     def to_bytes(self) -> bytes:
@@ -377,9 +377,16 @@ def _digest(document: object) -> str | None:
         return None
 
 
+def _object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return entries
+
+
 def _parse_object(data: bytes, where: str) -> dict[str, Any]:
     try:
-        document = json.loads(data)
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_object_with_unique_keys)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where} is damaged: not valid JSON ({error})") from error
     if not isinstance(document, dict):

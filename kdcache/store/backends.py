@@ -71,4 +71,8 @@ def make_backend(layout: str) -> Backend:
     """
     if layout == "zarr":
         return ZarrBackend()
+    if layout == "parquet":
+        from kdcache.store.parquet_backend import ParquetBackend  # PyArrow takes a quarter of a second to import
+
+        return ParquetBackend()
     raise FormatError(f"unknown layout {layout!r}; expected one of: {', '.join(LAYOUTS)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.records.errors import CacheExistsError, FormatError
+from kdcache.records.errors import CacheExistsError, FormatError, IntegrityError
 from kdcache.records.hashing import canonical_json
 from kdcache.records.jsonrecord import from_json, to_json
 from kdcache.records.manifest import MANIFEST_NAME, Block, BlockGrid, BlockRecord, Manifest, Recipe, recipe_differences
@@ -87,8 +87,17 @@ class BlockLedger:
         write_atomically(self._path(block).with_suffix(".npy"), buffer.getbuffer())
 
     def sums(self, block: Block) -> NDArray[np.int64]:
-        """What `keep_sums` was given."""
-        sums: NDArray[np.int64] = np.load(self._path(block).with_suffix(".npy"), allow_pickle=False)
+        """What `keep_sums` was given.
+
+        Raises:
+            IntegrityError: It is not there any more.
+        """
+        path = self._path(block).with_suffix(".npy")
+        try:
+            sums: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            mark = self._path(block)
+            raise IntegrityError(f"{path}: {error}; remove {mark} and run the same dump again to compute this block again") from error
         return sums
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kdcache.records.errors import FormatError
 from kdcache.records.manifest import BlockGrid, FieldRecord
-from kdcache.store.packing import packed_bytes, unpack, word_type
+from kdcache.store.packing import SLACK, unpack, unpack_rows, word_type
 from kdcache.store.windows import Window
 from kdcache.store.zarr_backend import CRC_BYTES, chunk_bytes, piece_bytes, piece_entries, row_bytes, shard_bytes
 
@@ -32,17 +32,19 @@ class MappedField:
         self.field, self.width = field, row_bytes(field)
         self.window = _window(field, grid)
         self._dtype = np.dtype(field.dtype).newbyteorder("<")
-        self._rows = self.window.items(np.dtype(f"V{self.width}"))
+        self._stride = self.width + (SLACK if field.bits else 0)
+        self._rows = self.window.items(np.dtype(f"V{self._stride}"))
 
     def gather(self, places: Indices, rows: Indices) -> NDArray[Any]:
         """Records [n, *inner], by the places of their chunk files and their rows in them."""
-        raw = self._rows[places * self.window.stride + rows * self.width]
-        inner = self.field.inner
+        raw, shape = self._rows[places * self.window.stride + rows * self.width], (len(rows), *self.field.inner)
         if self.field.bits is None:
-            records: NDArray[Any] = raw.view(self._dtype).reshape(len(rows), *inner)
+            records: NDArray[Any] = raw.view(self._dtype).reshape(shape)
             return records
-        packed = raw.view(np.uint8).reshape(len(rows), *inner[:-1], packed_bytes(inner[-1], self.field.bits))
-        return unpack(packed, inner[-1], self.field.bits, self._dtype)
+        if len(shape) > 2:
+            packed = raw.view(np.uint8).reshape(len(rows), self._stride)[:, : self.width]
+            return unpack(packed.reshape(*shape[:-1], -1), shape[-1], self.field.bits, self._dtype)
+        return unpack_rows(raw.view(np.uint8), shape[0], self._stride, shape[1], self.field.bits).astype(self._dtype, copy=False)
 
 
 class MappedCounts(MappedField):

@@ -3,15 +3,14 @@
 Entry i of a row lies in bits i · bits to (i + 1) · bits - 1 of the row's bytes; bit j of a row is bit j mod 8 of byte j div 8.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-def bits_for(num_values: int) -> int:
-    """The fewest bits for the numbers below `num_values` and, as all ones, a fill value that is none of them."""
-    return max(1, num_values.bit_length())
+SLACK = 8
+"""Bytes that must be readable behind packed rows, as entries are read as whole words."""
 
 
 def packed_bytes(length: int, bits: int) -> int:
@@ -38,14 +37,28 @@ def pack(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 def unpack(packed: NDArray[np.uint8], length: int, bits: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Unpacks the last axis: bytes [..., packed_bytes(length)] to `dtype` [..., length]."""
     width = packed.shape[-1]
-    padded = np.zeros(packed.size + 8, np.uint8)
+    padded = np.zeros(packed.size + SLACK, np.uint8)
     padded[: packed.size] = packed.ravel()
-    starts = np.arange(length) * bits
-    word = word_type(length, bits)
-    words = np.ndarray((packed.size // width, width), word, padded, strides=(width, 1))
-    entries = (words[:, starts // 8] >> (starts % 8).astype(word)) & word.type(2**bits - 1)
-    unpacked: NDArray[Any] = entries.astype(dtype, copy=False).reshape(*packed.shape[:-1], length)
-    return unpacked
+    rows = unpack_rows(padded, packed.size // width, width, length, bits)
+    return rows.astype(dtype, copy=False).reshape(*packed.shape[:-1], length)
+
+
+def unpack_rows(data: NDArray[np.uint8], num_rows: int, stride: int, length: int, bits: int) -> NDArray[Any]:
+    """Unpacks rows where they lie: [num_rows, length] from bytes in which a row begins every `stride`.
+
+    Behind the last row there must be `SLACK` bytes, whatever they hold: entries are read as whole words.
+    """
+    first, shift, word = _places(length, bits)
+    words = np.ndarray((num_rows, packed_bytes(length, bits)), word, data, strides=(stride, 1))
+    entries: NDArray[Any] = (words[:, first] >> shift) & word.type(2**bits - 1)
+    return entries
+
+
+@lru_cache
+def _places(length: int, bits: int) -> tuple[NDArray[np.int64], NDArray[Any], np.dtype[Any]]:
+    """The byte in which each entry begins, the bits before it in there, and the type that holds any entry with those bits."""
+    starts, word = np.arange(length) * bits, word_type(length, bits)
+    return starts // 8, (starts % 8).astype(word), word
 
 
 def word_type(length: int, bits: int) -> np.dtype[Any]:

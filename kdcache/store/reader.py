@@ -256,8 +256,14 @@ class _Decoded:
         members = [np.flatnonzero(group == i) for i in range(len(found))]
         for place, member in zip(found.tolist(), members, strict=True):
             parts.append(self._gather_place(fields, place, rows[member]))
-        order = np.argsort(np.concatenate([*members, np.empty(0, np.int64)]), kind="stable")
+        if not parts:
+            return {field.name: self._nothing(field) for field in fields}
+        order = np.argsort(np.concatenate(members), kind="stable")
         return {field.name: _concatenate([part[field.name] for part in parts], field)[order] for field in fields}
+
+    def _nothing(self, field: FieldRecord) -> NDArray[Any]:
+        inner = (*self._reader.field(field.lengths.field).inner, 0) if field.lengths else field.inner
+        return np.empty((0, *inner), field.dtype)
 
     def _gather_place(self, fields: Sequence[FieldRecord], place: int, rows: Rows) -> dict[str, NDArray[Any]]:
         records = self._records(fields, place)
@@ -298,8 +304,6 @@ class _Decoded:
 
 def _concatenate(parts: Sequence[NDArray[Any]], field: FieldRecord) -> NDArray[Any]:
     """Joins records along their first axis; ragged ones are padded to the longest."""
-    if not parts:
-        return np.empty((0, *((0,) if field.lengths else field.inner)), field.dtype)
     if field.lengths is None:
         return np.concatenate(parts)
     most = max(part.shape[-1] for part in parts)

@@ -21,6 +21,7 @@ from kdcache.records.manifest import Block, BlockGrid, FieldRecord, FileRecord
 from kdcache.store.content import BlockArrays
 from kdcache.store.files import write_record
 from kdcache.store.packing import pack, packed_bytes, unpack
+from kdcache.store.ragged import record_lengths
 
 CRC_BYTES = 4
 MOST_PIECES = 512
@@ -91,8 +92,8 @@ class ZarrBackend:
             if field.lengths is None:
                 records[field.name] = _decode_chunk(path, field, grid)[:num_rows]
             else:
-                counts = records[field.lengths.field].astype(np.int64)
-                records[field.name] = _decode_shard(path, field, grid, int((counts - field.lengths.minus).sum()))
+                lengths = record_lengths(field, records[field.lengths.field])
+                records[field.name] = _decode_shard(path, field, grid, int(lengths.sum()))
         return records
 
     def read_shared(self, root: Path, field: FieldRecord, grid: BlockGrid) -> NDArray[Any]:
@@ -181,6 +182,7 @@ def _decode_chunk(path: Path, field: FieldRecord, grid: BlockGrid) -> NDArray[An
 
 
 def _decode_shard(path: Path, field: FieldRecord, grid: BlockGrid, num_entries: int) -> NDArray[Any]:
+    _require_size(path, shard_bytes(field, grid, num_entries))
     piece, length = piece_entries(field, grid), piece_bytes(field, grid)
     count = -(-num_entries // piece)
     data = np.frombuffer(path.read_bytes(), np.uint8)
@@ -234,7 +236,8 @@ def _array_options(field: FieldRecord, grid: BlockGrid) -> dict[str, Any]:
     from zarr.codecs import Crc32cCodec
 
     dtype, inner = stored_form(field)
-    packing = {"bits": field.bits, "packed_axis": field.inner_names[-1], "packed_length": field.inner[-1]} if field.bits else {}
+    packing: dict[str, Any] = {"bits": field.bits, "packed_axis": field.inner_names[-1]} if field.bits else {}
+    packing |= {"packed_length": field.inner[-1]} if field.bits and not field.lengths else {}
     names = field.inner_names if not field.bits else (*field.inner_names[:-1], f"{field.inner_names[-1]}_byte")
     options: dict[str, Any] = {
         "dtype": dtype.name,

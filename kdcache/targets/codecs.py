@@ -110,7 +110,10 @@ class _Options:
         items = given if isinstance(given, tuple) else (given,)
         if not items:
             raise SpecError(f"{self.spec}: expected at least one temperature")
-        return tuple(sorted({self._positive("temperatures", item) for item in items}))
+        temperatures = tuple(sorted({self._positive("temperatures", item) for item in items}))
+        if len({f"{temperature:g}" for temperature in temperatures}) < len(temperatures):
+            raise SpecError(f"{self.spec}: expected temperatures that differ in their first six digits, found {temperatures}")
+        return temperatures
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.spec.options.get(name, choices[0])

@@ -18,6 +18,8 @@ SMALLEST_TAIL = math.sin(math.pi / 4 / LARGEST_CODE) ** 2 / 4
 """What code 0 stands for where something was cut off: a quarter of the mass that would have become code 1, never nothing."""
 
 MOST_CLASSES = 2**32
+LARGEST_EXACT = 2**53
+"""Whole numbers up to here survive JSON readers that take every number for a double."""
 
 
 def top_classes(logits: Float[Tensor, "*batch classes"], k: int) -> tuple[Float[Tensor, "*batch {k}"], Int64[Tensor, "*batch {k}"]]:
@@ -111,14 +113,14 @@ def smallest_unsigned(num_values: int) -> tuple[str, int]:
     if num_values > MOST_CLASSES:
         raise SpecError(f"expected at most {MOST_CLASSES} classes, found {num_values}")
     bits = next(bits for bits in (8, 16, 32, 64) if num_values <= 2**bits - 1)
-    return f"uint{bits}", 2**bits - 1
+    return f"uint{bits}", min(2**bits, LARGEST_EXACT) - 1
 
 
 def index_field(num_classes: int, inner: tuple[int, ...], names: tuple[str, ...], lengths: Lengths | None = None) -> FieldRecord:
     """`logits/index`: classes in the fewest bits that hold them and a fill value that is none."""
     dtype, largest = smallest_unsigned(num_classes)
     bits = max(1, num_classes.bit_length())
-    packed = bits < largest.bit_length()
+    packed = bits < int(dtype.removeprefix("uint"))
     return FieldRecord(
         name="logits/index",
         dtype=dtype,

@@ -61,7 +61,9 @@ class TopK:
             inner, names = (*positions, self.k - 1), (*axes, "fall")
             gap = gap_field(self.gap_range, inner, names)
             decode = {"decode": "log_prob = value, below the first class's"}
-            value = replace_record(gap, name="logits/value", dtype="float16", fill_value="NaN", attributes=decode)
+            value = replace_record(
+                gap, name="logits/value", dtype="float16", inner_names=(*axes, "lower_rank"), fill_value="NaN", attributes=decode
+            )
             fields.append(gap if self.values == "uint8" else value)
         if self.k < self.num_classes:
             fields.append(tail_field(self.temperatures, positions))
