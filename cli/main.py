@@ -11,11 +11,15 @@ import kdcache
 COMMANDS = {
     "demo": "The main job on embedded data, in minutes on two CPU cores.",
     "fit": "Train a network on labels alone: teachers and baselines.",
+    "plan": "What a cache would cost and keep, before any GPU hour.",
     "dump": "Stage one: run the teacher once, store its soft labels.",
     "train": "Stage two: train students from a cache.",
     "evaluate": "Accuracy, recall, calibration, agreement with a teacher.",
     "info": "What a cache holds.",
     "verify": "Whether every byte of a cache is what was written.",
+    "convert": "Copy a cache into another layout: zarr, parquet, compact.",
+    "pack": "Copy a cache into its smallest layout.",
+    "unpack": "Copy a packed cache into the layout for training.",
     "models": "The model specs that are known.",
 }
 """Command to summary, in the order of the work. A command's module is imported only when it is run."""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from kdcache.targets.soft_targets import SoftTargets as SoftTargets
     from kdcache.workflows.catalog import ModelListing as ModelListing
     from kdcache.workflows.catalog import list_models as list_models
+    from kdcache.workflows.convert import ConvertResult as ConvertResult
+    from kdcache.workflows.convert import convert as convert
     from kdcache.workflows.demo import DemoResult as DemoResult
     from kdcache.workflows.demo import demo as demo
     from kdcache.workflows.dump import DumpResult as DumpResult
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
     from kdcache.workflows.fit import FitResult as FitResult
     from kdcache.workflows.fit import fit as fit
     from kdcache.workflows.learner import TrainingOptions as TrainingOptions
+    from kdcache.workflows.plan import PlanResult as PlanResult
+    from kdcache.workflows.plan import plan as plan
+    from kdcache.workflows.tradeoff import PlannedCodec as PlannedCodec
     from kdcache.workflows.train import DistillationOptions as DistillationOptions
     from kdcache.workflows.train import Student as Student
     from kdcache.workflows.train import TrainResult as TrainResult
@@ -61,6 +66,7 @@ _PUBLIC = {
     "CacheNotFoundError": "kdcache.records.errors",
     "CheckpointError": "kdcache.records.errors",
     "ConfigError": "kdcache.records.errors",
+    "ConvertResult": "kdcache.workflows.convert",
     "DemoResult": "kdcache.workflows.demo",
     "DistillationOptions": "kdcache.workflows.train",
     "DumpResult": "kdcache.workflows.dump",
@@ -76,6 +82,8 @@ _PUBLIC = {
     "ModelListing": "kdcache.workflows.catalog",
     "PIPELINES": "kdcache.learning.views",
     "PRESETS": "kdcache.learning.models",
+    "PlanResult": "kdcache.workflows.plan",
+    "PlannedCodec": "kdcache.workflows.tradeoff",
     "Progress": "kdcache.records.progress",
     "Recipe": "kdcache.records.manifest",
     "SoftTargets": "kdcache.targets.soft_targets",
@@ -86,6 +94,7 @@ _PUBLIC = {
     "TrainResult": "kdcache.workflows.train",
     "TrainingOptions": "kdcache.workflows.learner",
     "VerifyResult": "kdcache.workflows.verify",
+    "convert": "kdcache.workflows.convert",
     "demo": "kdcache.workflows.demo",
     "distillation_loss": "kdcache.learning.losses",
     "dump": "kdcache.workflows.dump",
@@ -95,6 +104,7 @@ _PUBLIC = {
     "info": "kdcache.workflows.verify",
     "kd_loss": "kdcache.learning.losses",
     "list_models": "kdcache.workflows.catalog",
+    "plan": "kdcache.workflows.plan",
     "train": "kdcache.workflows.train",
     "verify": "kdcache.workflows.verify",
 }

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stored import signed
 
 from kdcache.records.errors import FormatError, IntegrityError, KdcacheError
-from kdcache.records.hashing import canonical_json, sha256
+from kdcache.records.hashing import sha256
 from kdcache.records.jsonrecord import from_json, to_json
 from kdcache.records.manifest import (
+    NO_DIGEST,
+    SAMPLE_AXES,
     Block,
     BlockGrid,
     BlockRecord,
     DatasetRecord,
     FieldRecord,
     FileRecord,
+    Lengths,
     Manifest,
     Probe,
     Provenance,
@@ -44,12 +48,18 @@ MANIFEST = Manifest(
     format_version="1.0",
     recipe=RECIPE,
     recipe_key=RECIPE.key,
+    layout="zarr",
     grid=BlockGrid(num_samples=5, num_views=2, block_samples=3, block_views=1),
     fields=(
         FieldRecord(name="logits/value", dtype="float16", inner=(10,), inner_names=("class",), fill_value="NaN", attributes={"a": [1]}),
-        FieldRecord(name="label", dtype="uint8", inner=(), inner_names=(), per_view=False, fill_value=255),
+        FieldRecord(
+            name="logits/index", dtype="uint8", inner=(9,), inner_names=("entry",), bits=4, lengths=Lengths(field="logits/count", minus=0)
+        ),
+        FieldRecord(name="label", dtype="uint8", inner=(), inner_names=(), axes=SAMPLE_AXES, fill_value=255),
     ),
-    statistics=Statistics(teacher_accuracy=0.5, retained_mass={"1.0": 1.0}, class_counts=(2, 3)),
+    calibration={"slope": 0.015625},
+    contents={"label": "sha256:ff"},
+    statistics=Statistics(teacher_accuracy=0.5, retained_mass={"1.0": 1.0}, entries=10.0, class_counts=(2, 3)),
     probes=(Probe(row=0, view=1, sha256="sha256:cc"),),
     provenance=Provenance(
         created="2026-01-02T03:04:05Z",
@@ -65,9 +75,12 @@ MANIFEST = Manifest(
     metadata_files=(FileRecord(path="zarr.json", size_bytes=9, sha256="sha256:dd"),),
     blocks=tuple(
         BlockRecord(
-            block=block, files=(FileRecord(path=f"c/{block.id}", size_bytes=7, sha256="sha256:ee"),), totals={"records": 3.0, "hits": 1e-9}
+            block=block,
+            files=(FileRecord(path=f"c/{block.id}", size_bytes=7, sha256="sha256:ee"),),
+            content=f"sha256:{i}",
+            totals={"records": 3.0, "hits": 1e-9},
         )
-        for block in BLOCKS
+        for i, block in enumerate(BLOCKS)
     ),
 )
 JSON_VALUES = st.recursive(
@@ -101,14 +114,6 @@ def at(document: Any, path: Path) -> Any:
     return document
 
 
-def signed(document: dict[str, Any]) -> bytes:
-    """A manifest file whose digest and recipe key are right, whatever else it says."""
-    document = {key: value for key, value in document.items() if key != "digest"}
-    if "recipe_key" in document:
-        document["recipe_key"] = sha256(canonical_json(document.get("recipe")))
-    return json.dumps({**document, "digest": sha256(canonical_json(document))}).encode()
-
-
 def document_of(manifest: Manifest) -> dict[str, Any]:
     """The parsed file of a manifest."""
     document = json.loads(manifest.to_bytes())
@@ -130,11 +135,14 @@ NEW_KEYS = st.text(min_size=1, max_size=8).filter(lambda key: key != "digest" an
 
 @given(extra=st.dictionaries(NEW_KEYS, JSON_VALUES, max_size=3))
 def test_unknown_top_level_keys_are_kept(extra: dict[str, Any]) -> None:
-    """What a later minor version adds at the top is read, kept and written again."""
+    """What a later minor version adds at the top is read, kept and written again, and the digest covers it."""
     manifest = dataclasses.replace(MANIFEST, format_version="1.9", extra=extra)
     again = Manifest.from_bytes(manifest.to_bytes(), where="m")
     assert again.extra == extra
     assert again == manifest
+    for key in extra:
+        with pytest.raises(IntegrityError, match="damaged or was edited"):
+            Manifest.from_bytes(as_kdcache_writes(with_value(document_of(manifest), (key,), "edited")), where="m")
 
 
 def test_unknown_nested_keys_are_tolerated() -> None:
@@ -157,6 +165,69 @@ def test_version_is_checked_before_anything_else() -> None:
         Manifest.from_bytes(b'{"format_version": "2.0", "shards": 5}', where="m")
 
 
+def as_kdcache_writes(document: dict[str, Any]) -> bytes:
+    """A document in the white space of `Manifest.to_bytes`, with whatever digest it has."""
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def test_digest_covers_every_byte() -> None:
+    """With any single bit of the file flipped, in values, keys, white space or the digest itself, the manifest is refused."""
+    whole = MANIFEST.to_bytes()
+    assert Manifest.from_bytes(whole, where="m") == MANIFEST
+    for position in range(len(whole)):
+        for bit in range(8):
+            flipped = whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :]
+            try:
+                Manifest.from_bytes(flipped, where="m")
+            except (FormatError, IntegrityError):
+                continue
+            pytest.fail(f"bit {bit} of byte {position} went unseen: {flipped[max(position - 20, 0) : position + 20]!r}")
+
+
+def test_digest_covers_the_length() -> None:
+    """A manifest that was cut short or added to, be it by white space, is an IntegrityError."""
+    whole = MANIFEST.to_bytes()
+    for data in (whole[:-1], whole + b"\n", b" " + whole, whole[:-2], whole + whole, whole.replace(b"\n", b"\r\n")):
+        with pytest.raises(IntegrityError):
+            Manifest.from_bytes(data, where="m")
+
+
+def test_digest_is_of_the_file_with_zeros_in_its_place() -> None:
+    """Any program can compute the digest: the sha256 of the file's bytes with the 64 digits of the digest as zeros."""
+    whole = MANIFEST.to_bytes()
+    digest = document_of(MANIFEST)["digest"]
+    assert whole.count(digest.encode()) == 1
+    assert sha256(whole.replace(digest.encode(), NO_DIGEST.encode())) == digest
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"indent": 4}, {"separators": (",", ":")}, {"ensure_ascii": False, "indent": "\t"}, {"sort_keys": True}], ids=str
+)
+def test_other_programs_may_write_manifests(layout: dict[str, Any]) -> None:
+    """A manifest with other white space, order and escapes is the same manifest as long as its digest is right."""
+    document = dict(reversed(document_of(MANIFEST).items()))
+    data = signed(document, **layout)
+    assert data != MANIFEST.to_bytes()
+    assert Manifest.from_bytes(data, where="m") == MANIFEST
+    with pytest.raises(IntegrityError, match="damaged or was edited"):
+        Manifest.from_bytes(data + b" ", where="m")
+
+
+def test_a_digest_that_stands_twice_is_refused() -> None:
+    """A file in which the digest's text stands a second time, so that its own place is not clear, is an IntegrityError."""
+    data = signed({**document_of(MANIFEST), "copy": NO_DIGEST})
+    with pytest.raises(IntegrityError, match="damaged or was edited"):
+        Manifest.from_bytes(data, where="m")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "\ud800"], ids=repr)
+@pytest.mark.parametrize("path", [("later",), ("statistics", "entries"), ("fields", 0, "attributes", "a"), ("provenance", "mood")])
+def test_what_json_cannot_say_is_refused(path: Path, value: object) -> None:
+    """NaN, infinity and lone surrogates, which other programs could not read, are a FormatError even in a file that is well signed."""
+    with pytest.raises(FormatError, match="NaN, infinity and lone surrogates"):
+        Manifest.from_bytes(signed(with_value(document_of(MANIFEST), path, value)), where="m")
+
+
 def test_digest_catches_every_edit() -> None:
     """A manifest in which any single value was edited is an IntegrityError."""
     document = document_of(MANIFEST)
@@ -164,7 +235,7 @@ def test_digest_catches_every_edit() -> None:
         if path == ("format_version",):
             continue
         with pytest.raises(IntegrityError, match="damaged or was edited"):
-            Manifest.from_bytes(json.dumps(with_value(document, path, "edited")).encode(), where="m")
+            Manifest.from_bytes(as_kdcache_writes(with_value(document, path, "edited")), where="m")
 
 
 def test_a_key_that_is_not_the_recipes_is_refused() -> None:
@@ -209,6 +280,12 @@ def test_what_is_no_manifest_is_refused(data: bytes) -> None:
         (("grid",), None, "m.grid: expected dict, found None"),
         (("fields", 0, "inner", 0), "10", "m.fields[0].inner[0]: expected int, found '10'"),
         (("fields", 0, "fill_value"), None, "m.fields[0].fill_value: expected one of"),
+        (("fields", 1, "bits"), "4", "m.fields[1].bits: expected one of"),
+        (("fields", 1, "lengths", "minus"), None, "m.fields[1].lengths: expected one of"),
+        (("fields", 1, "axes"), "view", "m.fields[1].axes: expected list, found 'view'"),
+        (("calibration", "slope"), "steep", "m.calibration.slope: expected float, found 'steep'"),
+        (("contents", "label"), 5, "m.contents.label: expected str, found 5"),
+        (("layout",), None, "m.layout: expected str, found None"),
         (("license",), 5, "m.license: expected one of"),
         (("blocks", 2, "block", "samples"), [1], "m.blocks[2].block.samples: expected 2 items, found 1"),
         (("blocks", 2, "totals", "hits"), "many", "m.blocks[2].totals.hits: expected float, found 'many'"),
@@ -260,11 +337,27 @@ def test_recipe_key_is_the_same_for_ever() -> None:
     """The key of a known recipe is the sha256 of its canonical JSON, which other languages can compute too."""
     text = (
         '{"codec":"dense,dtype=float16","dataset":{"num_samples":5,"sha256":"sha256:bb","spec":"fashion-mini"},'
-        '"teacher":{"num_classes":10,"precision":"float32","sha256":"sha256:aa","spec":"large,channels=1"},'
+        '"teacher":{"num_classes":10,"positions":[],"precision":"float32","sha256":"sha256:aa","spec":"large,channels=1"},'
         '"views":{"pipeline":[{"op":"RandomCrop","padding":4,"size":[28,28]},{"op":"RandomHorizontalFlip","p":0.5}],'
         '"seed":3,"versions":{"torch":"2.7.0","torchvision":"0.22.0"}}}'
     )
     assert RECIPE.key == sha256(text.encode())
+
+
+def test_logical_hash_is_of_the_records_alone() -> None:
+    """The logical hash changes with the digest of any block's records or of any shared field, and with nothing else."""
+    first = MANIFEST.blocks[0]
+    other_files = (dataclasses.replace(first, files=()), *MANIFEST.blocks[1:])
+    same = dataclasses.replace(MANIFEST, layout="parquet", blocks=other_files, license="CC0-1.0", metadata_files=())
+    assert same.content == MANIFEST.content
+    other_records = (dataclasses.replace(first, content="sha256:other"), *MANIFEST.blocks[1:])
+    changed = [
+        dataclasses.replace(MANIFEST, blocks=other_records),
+        dataclasses.replace(MANIFEST, blocks=MANIFEST.blocks[::-1]),
+        dataclasses.replace(MANIFEST, contents={"label": "sha256:other"}),
+        dataclasses.replace(MANIFEST, contents={"table": "sha256:ff"}),
+    ]
+    assert len({MANIFEST.content, *(manifest.content for manifest in changed)}) == 1 + len(changed)
 
 
 def test_differences_name_the_leaves() -> None:
@@ -285,7 +378,7 @@ def test_blocks_cover_everything_exactly_once(num_samples: int, num_views: int, 
     blocks = grid.blocks()
     places = [(row, view) for block in blocks for row in range(*block.samples) for view in range(*block.views)]
     assert sorted(places) == [(row, view) for row in range(num_samples) for view in range(num_views)]
-    assert len({block.id for block in blocks}) == len(blocks)
+    assert len({block.id for block in blocks}) == len(blocks) == grid.num_blocks
     assert sum(block.num_rows for block in blocks) == num_samples * num_views
     for block in blocks:
         assert block.samples[0] == block.sample_block * block_samples

@@ -79,7 +79,7 @@ def _uniform_terms(soft: SoftTargets, log_q: Tensor, mass: Tensor, temperature: 
     """- m log(C - |K|) - m · the mean of log q over the tail."""
     assert soft.index is not None
     kept = soft.kept
-    rest = soft.num_classes - kept.sum(dim=-1)
+    rest = (soft.num_classes - kept.sum(dim=-1)).to(mass.dtype)
     log_q_kept = torch.where(kept, log_q.gather(-1, soft.index), 0.0)
     return -mass * rest.log() - mass * (log_q.sum(dim=-1) - log_q_kept.sum(dim=-1)) / rest
 

@@ -22,6 +22,8 @@ from kdcache.records.manifest import MANIFEST_NAME, Block, BlockGrid, BlockRecor
 from kdcache.store.files import exclusive_lock, write_atomically
 
 FOLDER = ".dump"
+CONVERT_FOLDER = ".convert"
+"""Stands in the destination of a conversion that is not finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

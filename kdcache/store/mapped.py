@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kdcache.records.errors import FormatError
 from kdcache.records.manifest import BlockGrid, FieldRecord
-from kdcache.store.packing import SLACK, unpack, unpack_rows, word_type
+from kdcache.store.packing import SLACK, packed_bytes, unpack, unpack_rows, word_type
 from kdcache.store.windows import Window
 from kdcache.store.zarr_backend import CRC_BYTES, chunk_bytes, piece_bytes, piece_entries, row_bytes, shard_bytes
 
@@ -43,7 +43,7 @@ class MappedField:
             return records
         if len(shape) > 2:
             packed = raw.view(np.uint8).reshape(len(rows), self._stride)[:, : self.width]
-            return unpack(packed.reshape(*shape[:-1], -1), shape[-1], self.field.bits, self._dtype)
+            return unpack(packed.reshape(*shape[:-1], packed_bytes(shape[-1], self.field.bits)), shape[-1], self.field.bits, self._dtype)
         return unpack_rows(raw.view(np.uint8), shape[0], self._stride, shape[1], self.field.bits).astype(self._dtype, copy=False)
 
 

@@ -13,7 +13,7 @@ from kdcache.records.errors import CacheNotFoundError, FormatError, IncompleteCa
 from kdcache.records.hashing import sha256_file
 from kdcache.records.manifest import MANIFEST_NAME, FieldRecord, FileRecord, Manifest
 from kdcache.store.backends import make_backend
-from kdcache.store.ledger import read_plan
+from kdcache.store.ledger import CONVERT_FOLDER, read_plan
 from kdcache.store.mapped import MappedCounts, MappedField, MappedRagged, gather_ragged
 from kdcache.store.windows import Window
 from kdcache.store.zarr_backend import chunk_bytes, chunk_path
@@ -46,6 +46,8 @@ def read_manifest(root: Path) -> Manifest:
             f"the dump into {root} is not finished: {done} of {len(plan.grid.blocks())} blocks are done;"
             f" run the same `kdcache dump … --out {root}` again to go on"
         )
+    if (root / CONVERT_FOLDER).exists():
+        raise IncompleteCacheError(f"the conversion into {root} is not finished; run the same `kdcache convert … {root}` again")
     raise CacheNotFoundError(f"no cache at {root}: expected {path}; `kdcache dump --teacher FILE --data SPEC --out {root}` makes one")
 
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from kdcache.learning.cache import make_probes
 from kdcache.learning.checkpoints import LoadedModel
-from kdcache.learning.datasets import Dataset, open_dataset
-from kdcache.learning.views import library_versions, make_views
-from kdcache.records.errors import ConfigError, MismatchError
+from kdcache.learning.datasets import Dataset
+from kdcache.learning.views import library_versions
+from kdcache.records.errors import ConfigError
 from kdcache.records.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -40,9 +40,8 @@ from kdcache.store.reader import read_manifest
 from kdcache.targets.codecs import Codec, make_codec
 from kdcache.targets.coding import smallest_unsigned
 from kdcache.targets.profile import profile_field, profile_table
-from kdcache.workflows.devices import Precision, resolve_device, resolve_precision
-from kdcache.workflows.evaluate import load_for
-from kdcache.workflows.teaching import BlockWorker, Teacher
+from kdcache.workflows.devices import Precision
+from kdcache.workflows.teaching import BlockWorker, Teacher, open_teacher
 
 ROWS_IN_A_BLOCK = 65_536
 """Rows of a chunk file: 2-8 MB at k = 16 to 64, where opening costs nothing against reading."""
@@ -117,22 +116,19 @@ def dump(
         TeacherError: The teacher gave NaN, infinity or a wrong shape; the sample is named, its block not written.
     """
     progress = progress or Silent()
-    dataset = open_dataset(Spec.parse(data), trusted=True)
-    _check_labels(dataset)
-    loaded = load_for(dataset, teacher, arch=arch)
-    torch_device = resolve_device(device)
-    arithmetic = resolve_precision(precision, torch_device)
-    seeded_views = make_views(augment, seed=seed, image_shape=dataset.image_shape)
+    running, loaded = open_teacher(
+        teacher, data, arch=arch, augment=augment, seed=seed, batch_size=batch_size, precision=precision, device=device
+    )
+    dataset = running.dataset
     asked_codec = make_codec(Spec.parse(codec), num_classes=dataset.num_classes)
-    grid = _cut(len(dataset), views=views, block_samples=block_samples)
-    running = Teacher(dataset, seeded_views, loaded.model, batch_size=batch_size, precision=arithmetic, device=torch_device)
-    provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=torch_device, command=command)
+    grid = cut_into_blocks(len(dataset), views=views, block_samples=block_samples)
+    provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=running.device, command=command)
     measured_codec, positions = _measure(running, asked_codec, out)
     plan = DumpPlan(
         recipe=Recipe(
-            teacher=_teacher_record(loaded, dataset, arithmetic, positions),
+            teacher=_teacher_record(loaded, dataset, running.precision, positions),
             dataset=dataset.record(),
-            views=seeded_views.record,
+            views=running.views.record,
             codec=str(measured_codec.spec),
         ),
         layout=layout,
@@ -223,14 +219,19 @@ def _commit(
 def _shared_fields(worker: BlockWorker, ledger: BlockLedger, grid: BlockGrid) -> list[tuple[FieldRecord, NDArray[Any]]]:
     """The fields that belong to no block: sample keys, labels and, if the codec keeps one, the profile."""
     dataset = worker.teacher.dataset
-    key = FieldRecord(name="key", dtype="uint8", inner=(dataset.keys.shape[1],), inner_names=("byte",), axes=SAMPLE_AXES)
-    label_dtype, no_label = smallest_unsigned(dataset.num_classes)
-    label = FieldRecord(name="label", dtype=label_dtype, inner=(), inner_names=(), axes=SAMPLE_AXES, fill_value=no_label)
-    shared: list[tuple[FieldRecord, NDArray[Any]]] = [(key, dataset.keys), (label, dataset.labels.astype(label_dtype))]
+    key, label = sample_fields(dataset)
+    shared: list[tuple[FieldRecord, NDArray[Any]]] = [(key, dataset.keys), (label, dataset.labels.astype(label.dtype))]
     if worker.codec.keeps_profile:
         sums = sum((ledger.sums(block) for block in grid.blocks()), start=np.zeros((), np.int64))
         shared.append((profile_field(worker.codec.num_classes), profile_table(sums)))
     return shared
+
+
+def sample_fields(dataset: Dataset) -> tuple[FieldRecord, FieldRecord]:
+    """The fields of a sample, whatever the codec: its key and its label."""
+    key = FieldRecord(name="key", dtype="uint8", inner=(dataset.keys.shape[1],), inner_names=("byte",), axes=SAMPLE_AXES)
+    label_dtype, no_label = smallest_unsigned(dataset.num_classes)
+    return key, FieldRecord(name="label", dtype=label_dtype, inner=(), inner_names=(), axes=SAMPLE_AXES, fill_value=no_label)
 
 
 def _statistics(blocks: tuple[BlockRecord, ...], dataset: Dataset) -> Statistics:
@@ -247,23 +248,13 @@ def _statistics(blocks: tuple[BlockRecord, ...], dataset: Dataset) -> Statistics
     )
 
 
-def _check_labels(dataset: Dataset) -> None:
-    """Before any teacher work: a label that is no class could not be stored."""
-    bad = np.flatnonzero((dataset.labels < 0) | (dataset.labels >= dataset.num_classes))
-    if len(bad):
-        raise MismatchError(
-            f"expected labels from 0 to {dataset.num_classes - 1}, found {dataset.labels[bad[0]]} at sample {bad[0]}"
-            f" ({len(bad)} samples in all)"
-        )
-
-
 def _teacher_record(loaded: LoadedModel, dataset: Dataset, precision: Precision, positions: tuple[int, ...]) -> TeacherRecord:
     return TeacherRecord(
         spec=str(loaded.spec), sha256=loaded.sha256, num_classes=dataset.num_classes, precision=precision, positions=positions
     )
 
 
-def _cut(num_samples: int, *, views: int, block_samples: int | None) -> BlockGrid:
+def cut_into_blocks(num_samples: int, *, views: int, block_samples: int | None) -> BlockGrid:
     """Cuts the work so that chunk files are of equal length and not padded by more than a few rows."""
     if views < 1 or (block_samples is not None and block_samples < 1):
         raise ConfigError(f"expected at least one view and one sample in a block, found {views} and {block_samples}")

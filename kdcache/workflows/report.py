@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from html import escape
+from typing import Literal
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -61,8 +62,18 @@ def curves(rows: Sequence[Row], *, key: str, label: str, reference: tuple[str, f
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "kdcache", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
+    return inline(figure)
+
+
+def inline(figure: Figure) -> str:
+    """A figure as a part of the page."""
+    svg = draw(figure, "svg").decode()
     return f"<figure>{svg[svg.index('<svg') :]}</figure>"
+
+
+def draw(figure: Figure, form: Literal["svg", "png"]) -> bytes:
+    """A figure as the content of a file; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "kdcache", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None, "Creator": None} if form == "svg" else None)
+    return buffer.getvalue()

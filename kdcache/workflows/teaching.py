@@ -1,6 +1,7 @@
 """The teacher at work: checked logits for views of samples, and whole blocks of encoded records."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,19 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.learning.datasets import Dataset
+from kdcache.learning.checkpoints import LoadedModel
+from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import collate_views, to_unit_range
-from kdcache.learning.views import SeededViews
-from kdcache.records.errors import ConfigError, TeacherError
+from kdcache.learning.views import SeededViews, make_views
+from kdcache.records.errors import ConfigError, MismatchError, TeacherError
 from kdcache.records.hashing import stable_integer
 from kdcache.records.manifest import Block, FieldRecord
+from kdcache.records.specs import Spec
 from kdcache.targets.codecs import Codec
 from kdcache.targets.coding import top_classes
 from kdcache.targets.profile import ProfileSum
-from kdcache.workflows.devices import Precision, autocast
+from kdcache.workflows.devices import Precision, autocast, resolve_device, resolve_precision
+from kdcache.workflows.evaluate import load_for
 
 Advance = Callable[[int], None]
 BlockArrays = dict[str, list[NDArray[Any]]]
@@ -66,11 +70,18 @@ class Teacher:
 
     def sample(self, num_samples: int) -> Iterator[tuple[list[int], Tensor]]:
         """Rows and logits of evenly spaced samples, first view, batch by batch."""
+        for rows in self.spaced_rows(num_samples):
+            yield rows, self.answer([self.dataset[row][0] for row in rows], rows, 0)
+
+    def spaced_rows(self, num_samples: int) -> list[list[int]]:
+        """Evenly spaced samples, at most as many as there are, in batches."""
         count = min(num_samples, len(self.dataset))
         chosen = [i * len(self.dataset) // count for i in range(count)]
-        for start in range(0, count, self.batch_size):
-            rows = chosen[start : start + self.batch_size]
-            yield rows, self.answer([self.dataset[row][0] for row in rows], rows, 0)
+        return [chosen[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
+
+    def seeds(self, rows: Sequence[int], view: int) -> list[int]:
+        """What a codec that draws draws with: one whole number for each record."""
+        return [stable_integer("codec", self.views.record.seed, self.dataset.keys[row].tobytes(), view) for row in rows]
 
     def _check(self, logits: Tensor, rows: Sequence[int], view: int) -> None:
         expected = self.dataset.num_classes
@@ -85,6 +96,46 @@ class Teacher:
                 f"the teacher gives NaN or infinity for view {view} of sample {row} (key {key}); nothing of this block was"
                 " written. Check the sample and the weights, or try --precision float32"
             )
+
+
+def open_teacher(
+    teacher: Path, data: str, *, arch: str | None, augment: str, seed: int, batch_size: int, precision: Precision, device: str
+) -> tuple[Teacher, LoadedModel]:
+    """A teacher, ready to answer to views of a dataset, and what its file says of it.
+
+    Args:
+        teacher: The teacher's file; see `load_model`.
+        data: Dataset spec that the user typed.
+        arch: The teacher's architecture where its file does not say it.
+        augment: Pipeline name or TOML file.
+        seed: Seed of the views.
+        batch_size: Samples in a forward pass.
+        precision: Arithmetic of the forward pass.
+        device: Where it runs.
+
+    Raises:
+        SpecError: Unknown dataset or pipeline.
+        CheckpointError: The teacher cannot be loaded.
+        ConfigError: The batch size is not positive, or there is no such device.
+        MismatchError: Teacher and dataset have different class counts, or a label is no class.
+    """
+    dataset = open_dataset(Spec.parse(data), trusted=True)
+    _check_labels(dataset)
+    loaded = load_for(dataset, teacher, arch=arch)
+    torch_device = resolve_device(device)
+    arithmetic = resolve_precision(precision, torch_device)
+    views = make_views(augment, seed=seed, image_shape=dataset.image_shape)
+    return Teacher(dataset, views, loaded.model, batch_size=batch_size, precision=arithmetic, device=torch_device), loaded
+
+
+def _check_labels(dataset: Dataset) -> None:
+    """Before any teacher work: a label that is no class could not be stored."""
+    bad = np.flatnonzero((dataset.labels < 0) | (dataset.labels >= dataset.num_classes))
+    if len(bad):
+        raise MismatchError(
+            f"expected labels from 0 to {dataset.num_classes - 1}, found {dataset.labels[bad[0]]} at sample {bad[0]}"
+            f" ({len(bad)} samples in all)"
+        )
 
 
 class BlockWorker:
@@ -107,8 +158,8 @@ class BlockWorker:
         for rows, images, labels in self._decoded_batches(block):
             for offset, view in enumerate(range(*block.views)):
                 logits = self.teacher.answer(images, rows, view)
-                encoded = self.codec.encode(logits, self._seeds(rows, view))
-                for name, array in _to_numpy(encoded, self.fields).items():
+                encoded = self.codec.encode(logits, self.teacher.seeds(rows, view))
+                for name, array in to_stored(encoded, self.fields).items():
                     pieces[name][offset].append(array)
                 top = top_classes(logits, 1)[1].squeeze(-1)
                 self._add_totals(totals, encoded, top, labels)
@@ -125,10 +176,6 @@ class BlockWorker:
             samples = [self.teacher.dataset[row] for row in rows]
             yield rows, [image for image, _ in samples], torch.tensor([label for _, label in samples])
 
-    def _seeds(self, rows: Sequence[int], view: int) -> list[int]:
-        seed, keys = self.teacher.views.record.seed, self.teacher.dataset.keys
-        return [stable_integer("codec", seed, keys[row].tobytes(), view) for row in rows]
-
     def _add_totals(self, totals: dict[str, float], encoded: Mapping[str, Tensor], top: Tensor, labels: Tensor) -> None:
         """Adds a batch to a block's sums: records, entries, top-1 hits, retained mass by temperature."""
         soft = self.codec.decode(encoded)
@@ -141,7 +188,7 @@ class BlockWorker:
             totals[name] = totals.get(name, 0.0) + value
 
 
-def _to_numpy(encoded: Mapping[str, Tensor], fields: Sequence[FieldRecord]) -> dict[str, NDArray[Any]]:
+def to_stored(encoded: Mapping[str, Tensor], fields: Sequence[FieldRecord]) -> dict[str, NDArray[Any]]:
     """A batch's arrays as they are stored: ragged fields flat, without their padding."""
     arrays = {name: array.cpu().numpy() for name, array in encoded.items()}
     for field in fields:
