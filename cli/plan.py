@@ -70,7 +70,7 @@ def _row(codec: "kdcache.PlannedCodec", temperatures: list[str], at: str, *, mar
     best = codec.best_tail
     return [
         f"{'→' if marked else ' '} {codec.codec}",
-        f"{codec.record_bytes:,.4g}",
+        f"{codec.record_bytes:.4g}" if codec.record_bytes < 1000 else f"{codec.record_bytes:,.0f}",
         format_bytes(codec.cache_bytes),
         f"{codec.retained_mass[at]:.0%}",
         *("–" if codec.kl is None else _format_kl(codec.kl[t]) + (f" {tails[t]}" if t == at and tails else "") for t in temperatures),

@@ -1,13 +1,14 @@
 """Teachers with position axes, tokens or pixels: dumped with any codec, gathered and trained on like others."""
 
-import itertools
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import kdcache_json
-from stored import NUM_SAMPLES, NUM_VIEWS, LinearTeacher, codec, dump_noise
+from stored import BATCH_SIZE, NUM_SAMPLES, NUM_VIEWS, LinearTeacher, codec, dump_noise
 from torch import Tensor
 
 from kdcache.learning.cache import Cache
@@ -17,7 +18,6 @@ from kdcache.learning.loader import to_unit_range
 from kdcache.learning.losses import TAILS, distillation_loss, kd_loss
 from kdcache.records.errors import TeacherError
 from kdcache.records.hashing import stable_integer
-from kdcache.records.manifest import Manifest
 from kdcache.records.specs import Spec
 from kdcache.targets.soft_targets import SoftTargets
 
@@ -29,71 +29,78 @@ CODECS = [
 ]  # fmt: skip
 
 
-def live_logits(manifest: Manifest, teacher: Path, rows: list[int], view: int) -> Tensor:
-    """The teacher's own answers to one view of these samples."""
-    dataset = open_dataset(Spec.parse(manifest.provenance.dataset_spec), trusted=True)
-    model = load_model(teacher, num_classes=NUM_CLASSES, image_shape=(3, 8, 8), arch=Spec.parse(manifest.recipe.teacher.spec)).model
-    views = Cache(teacher.parent / "cache").views
-    images = [views(dataset[row][0], dataset.keys[row].tobytes(), view) for row in rows]
-    with torch.inference_mode():
-        logits: Tensor = model(to_unit_range(torch.stack(images), torch.device("cpu")))
-    return logits.clone()
+Positions = tuple[int, ...]
+CacheOf = Callable[[str, Positions], Path]
 
 
-def batches_of(manifest: Manifest) -> list[list[int]]:
-    """The rows of each forward pass: batches are cut inside ranges of samples."""
-    grid, size = manifest.grid, manifest.provenance.batch_size
-    ranges = sorted({record.block.samples for record in manifest.blocks})
-    assert grid.num_sample_blocks == len(ranges)
-    return [list(range(start, min(start + size, end))) for begin, end in ranges for start in range(begin, end, size)]
+@pytest.fixture(scope="module")
+def cache_of(tmp_path_factory: pytest.TempPathFactory) -> CacheOf:
+    """Dumps with a codec and position axes, each once; tests must not change the cache."""
+    folder = tmp_path_factory.mktemp("positions")
+
+    @cache
+    def dumped(spec: str, positions: Positions) -> Path:
+        return dump_noise(folder, f"{spec}-{positions}", codec=spec, num_classes=NUM_CLASSES, positions=positions).path
+
+    return dumped
 
 
-def expected_targets(cache: Cache, teacher: Path) -> dict[tuple[int, int], SoftTargets]:
-    """The targets that each (row, view) must have: the live logits through the codec, nothing between."""
-    manifest, keys = cache.manifest, cache.reader.shared("key")
-    made = codec(manifest.recipe.codec, NUM_CLASSES, **manifest.calibration)
-    targets = {}
-    for rows, view in itertools.product(batches_of(manifest), range(NUM_VIEWS)):
-        logits = live_logits(manifest, teacher, rows, view)
-        for row, record in zip(rows, logits, strict=True):
-            seed = stable_integer("codec", manifest.recipe.views.seed, keys[row].tobytes(), view)
-            targets[row, view] = made.decode(made.encode(record[None], [seed]))
-    return targets
+@pytest.fixture(scope="module")
+def live(cache_of: CacheOf) -> Callable[[Positions], Tensor]:
+    """The teacher's own answers to all views, [views, samples, *positions, classes], in the batches that a dump cuts."""
+
+    @cache
+    def answers(positions: Positions) -> Tensor:
+        root = cache_of("dense", positions)
+        manifest, views = Cache(root).manifest, Cache(root).views
+        dataset = open_dataset(Spec.parse(manifest.provenance.dataset_spec), trusted=True)
+        arch = Spec.parse(manifest.recipe.teacher.spec)
+        model = load_model(Path(manifest.provenance.teacher_file), num_classes=NUM_CLASSES, image_shape=(3, 8, 8), arch=arch).model
+        logits = torch.empty(NUM_VIEWS, NUM_SAMPLES, *positions, NUM_CLASSES)
+        for block in manifest.grid.blocks():
+            for start in range(*block.samples, BATCH_SIZE):
+                rows = range(start, min(start + BATCH_SIZE, block.samples[1]))
+                for view in range(*block.views):
+                    images = [views(dataset[row][0], dataset.keys[row].tobytes(), view) for row in rows]
+                    with torch.inference_mode():
+                        logits[view, rows.start : rows.stop] = model(to_unit_range(torch.stack(images), torch.device("cpu")))
+        return logits
+
+    return answers
 
 
-@pytest.mark.parametrize("spec", CODECS)
-@pytest.mark.parametrize("positions", POSITIONS, ids=str)
-def test_gathered_targets_are_the_live_ones(spec: str, positions: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("positions", "spec"), [*(((3, 2), spec) for spec in CODECS), *(((5,), spec) for spec in CODECS[::2])], ids=str)
+def test_gathered_targets_are_the_live_ones(
+    spec: str, positions: Positions, cache_of: CacheOf, live: Callable[[Positions], Tensor]
+) -> None:
     """Random (row, view) pairs of a dumped cache give bit for bit what encoding the teacher's live logits gives."""
-    manifest = dump_noise(tmp_path, codec=spec, num_classes=NUM_CLASSES, positions=positions).manifest
+    cached = Cache(cache_of(spec, positions))
+    manifest, keys = cached.manifest, cached.reader.shared("key")
     assert manifest.recipe.teacher.positions == positions
     assert manifest.statistics.teacher_accuracy is None
-    cache = Cache(tmp_path / "cache")
-    expected = expected_targets(cache, next(tmp_path.glob("*.safetensors")))
+    made = codec(manifest.recipe.codec, NUM_CLASSES, **manifest.calibration)
     generator = np.random.default_rng(1)
-    for _ in range(4):
-        rows, views = generator.integers(NUM_SAMPLES, size=40), generator.integers(NUM_VIEWS, size=40)
-        soft = cache.soft_targets(rows, views)
-        assert soft.log_probs.shape[:-1] == (40, *positions)
-        for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
-            record = expected[row, view]
-            kept = record.log_probs.shape[-1]
-            length = min(kept, soft.log_probs.shape[-1])
-            assert torch.equal(soft.log_probs[i][..., :length], record.log_probs[0][..., :length])
-            assert not soft.kept[i][..., length:].any()
-            assert not record.kept[0][..., length:].any()
-            if soft.index is not None and record.index is not None:
-                assert torch.equal(soft.index[i][..., :length], record.index[0][..., :length])
-            if soft.tail_mass is not None and record.tail_mass is not None:
-                assert torch.equal(soft.tail_mass[i], record.tail_mass[0])
+    rows, views = generator.integers(NUM_SAMPLES, size=40), generator.integers(NUM_VIEWS, size=40)
+    soft = cached.soft_targets(rows, views)
+    assert soft.log_probs.shape[:-1] == (40, *positions)
+    for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+        seed = stable_integer("codec", manifest.recipe.views.seed, keys[row].tobytes(), view)
+        record = made.decode(made.encode(live(positions)[view, row][None], [seed]))
+        length = min(record.log_probs.shape[-1], soft.log_probs.shape[-1])
+        assert torch.equal(soft.log_probs[i][..., :length], record.log_probs[0][..., :length])
+        assert not soft.kept[i][..., length:].any()
+        assert not record.kept[0][..., length:].any()
+        if soft.index is not None and record.index is not None:
+            assert torch.equal(soft.index[i][..., :length], record.index[0][..., :length])
+        if soft.tail_mass is not None and record.tail_mass is not None:
+            assert torch.equal(soft.tail_mass[i], record.tail_mass[0])
 
 
 @pytest.mark.parametrize("spec", ["topk,k=4", "adaptive,mean_k=3,max_k=8", "sampled,draws=9", "dense"])
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
-def test_losses_take_positions(spec: str, positions: tuple[int, ...], tmp_path: Path) -> None:
+def test_losses_take_positions(spec: str, positions: Positions, cache_of: CacheOf) -> None:
     """The losses work on a cache with position axes and are those of its positions taken as records, gradients included."""
-    dump_noise(tmp_path, codec=spec, num_classes=NUM_CLASSES, positions=positions)
-    soft = Cache(tmp_path / "cache").soft_targets(np.arange(10), np.full(10, 3))
+    soft = Cache(cache_of(spec, positions)).soft_targets(np.arange(10), np.full(10, 3))
     flat = SoftTargets(
         log_probs=soft.log_probs.flatten(0, -2),
         index=None if soft.index is None else soft.index.flatten(0, -2),
@@ -115,18 +122,18 @@ def test_losses_take_positions(spec: str, positions: tuple[int, ...], tmp_path: 
 
 
 @pytest.mark.parametrize("spec", ["topk,k=4", "adaptive,mean_k=3,max_k=8", "sampled,draws=9", "dense,dtype=uint8"])
-def test_statistics_count_positions(spec: str, tmp_path: Path) -> None:
+def test_statistics_count_positions(spec: str, cache_of: CacheOf, tmp_path: Path) -> None:
     """Mean entries and retained mass of a cache with position axes are means over positions, and `info` shows them."""
-    manifest = dump_noise(tmp_path, codec=spec, num_classes=NUM_CLASSES, positions=(3, 2)).manifest
-    cache = Cache(tmp_path / "cache")
+    root = cache_of(spec, (3, 2))
+    manifest = Cache(root).manifest
     views, rows = (axis.ravel() for axis in np.meshgrid(np.arange(NUM_VIEWS), np.arange(NUM_SAMPLES), indexing="ij"))
-    soft = cache.soft_targets(rows, views)
+    soft = Cache(root).soft_targets(rows, views)
     assert manifest.statistics.entries == pytest.approx(soft.kept.sum(-1).double().mean().item())
     if soft.tail_mass is not None:
         for i, temperature in enumerate(soft.temperatures):
             mean = (1 - soft.tail_mass[..., i]).double().mean().item()
             assert manifest.statistics.retained_mass[f"{temperature:g}"] == pytest.approx(mean)
-    shown = kdcache_json("info", tmp_path / "cache", cwd=tmp_path)["manifest"]
+    shown = kdcache_json("info", root, cwd=tmp_path)["manifest"]
     assert shown["statistics"]["teacher_accuracy"] is None
     assert shown["recipe"]["teacher"]["positions"] == [3, 2]
 

@@ -29,6 +29,9 @@ from kdcache.targets.soft_targets import SoftTargets
 
 Arrays = Mapping[str, Tensor]
 
+RECORDS_AT_ONCE = 256
+"""Records that are measured together: in float64, so that all of them at once would take many times the memory of the logits."""
+
 
 class TopK:
     """The k largest log-probabilities as falls from rank to rank, and the mass of the rest at each declared temperature.
@@ -162,7 +165,8 @@ class Adaptive:
 
     def calibrated(self, logits: Float[Tensor, "batch *positions classes"]) -> "Adaptive":
         """The same codec with its slope measured on these logits."""
-        distortion = self._distortion(logits, top_classes(logits, self.max_k)[0]).flatten(0, -2)
+        parts = logits.flatten(0, -2).split(RECORDS_AT_ONCE)
+        distortion = torch.cat([self._distortion(part, top_classes(part, self.max_k)[0]) for part in parts])
         low, high = -40.0, 10.0  # the slope's logarithm; a larger slope keeps less and leaves more
         for _ in range(60):
             middle = (low + high) / 2

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from kdcache.records.errors import ConfigError
@@ -20,7 +21,7 @@ from kdcache.workflows.tradeoff import PlannedCodec, Sample, candidate_codecs, m
 
 KL_BOUND = 0.05
 """Largest KL that is accepted unless asked otherwise, in nats: k = 32 to 64 of 1000 classes at T = 1, where so much is published to be
-enough. At T = 4, where the tail has most of the mass, it takes more than 256 classes of 1000, a quarter of 100, one of ten."""
+enough. At T = 4, where the tail has most of the mass, it takes more than 256 classes of 1000, 32 of 100, one of ten."""
 
 RECORDS_A_CLASS = 16
 """With fewer in the sample, the profile that is measured is too poor to stand for the cache's."""
@@ -134,8 +135,8 @@ def plan(
         )
     if any(codec.keeps_profile for codec in made.values()) and len(sample.rows) < RECORDS_A_CLASS * dataset.num_classes:
         progress.note(
-            f"note: the tail policy profile is measured with a profile of {len(sample.rows)} records for {dataset.num_classes} classes;"
-            f" that of {len(dataset) * views:,} records will be better (--samples {RECORDS_A_CLASS * dataset.num_classes} shows it)"
+            f"note: {len(sample.rows)} records make a poor profile of {dataset.num_classes} classes, so the tail policy profile looks"
+            f" worse here than from a cache of {len(dataset) * views:,} records; more --samples show more of it"
         )
     recommended, best, verdict = _recommend(measured, temperature=temperature, kl=kl, budget=budget_bytes)
     chosen = recommended or best
@@ -180,16 +181,17 @@ def parse_bytes(text: str | int) -> int:
         ConfigError: It is none, or not positive.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip(), re.IGNORECASE)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+    size = int(Decimal(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
         raise ConfigError(f"expected --budget to be a positive size such as 500MB, 2GiB or 1000000 (bytes), found {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return size
 
 
 def _check_numbers(*, samples: int, views: int, temperature: float, kl: float, budget: str | int | None) -> int | None:
     """Before any work; gives the budget in bytes."""
-    for name, number, least in (("samples", samples, 1), ("views", views, 1)):
-        if number < least:
-            raise ConfigError(f"expected --{name} to be at least {least}, found {number}")
+    for name, number in (("samples", samples), ("views", views)):
+        if number < 1:
+            raise ConfigError(f"expected --{name} to be at least 1, found {number}")
     for name, value in (("temperature", temperature), ("kl", kl)):
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"expected --{name} to be a positive number, found {value}")
@@ -220,12 +222,12 @@ def _recommend(
     faithful = [codec for codec in codecs if codec.kl_at(temperature) <= kl]
     both = [codec for codec in affordable if codec in faithful]
     best = min((codec for codec in affordable if codec.kl is not None), key=lambda codec: codec.kl_at(temperature), default=None)
-    bound = f"a KL of at most {kl:g} nat at T={temperature:g}"
+    bound, within = f"a KL of at most {kl:g} nat at T={temperature:g}", "" if budget is None else " within the budget"
     if both:
         chosen = min(both, key=lambda codec: codec.cache_bytes)
         tail = chosen.kl_tail and chosen.kl_tail[f"{temperature:g}"]
         policy = f", with the tail policy {tail}" if tail else ""
-        return chosen, best, f"{chosen.codec} is the smallest with {bound}{' within the budget' if budget else ''}{policy}"
+        return chosen, best, f"{chosen.codec} is the smallest with {bound}{within}{policy}"
     if not affordable:
         smallest = min(codecs, key=lambda codec: codec.cache_bytes)
         return None, None, (
@@ -234,7 +236,7 @@ def _recommend(
         )  # fmt: skip
     if best is None:
         return None, None, "codecs that draw have no KL to compare: look at their cosines, or add others with --codec"
-    closest = f"the most faithful{' within the budget' if budget else ''} is {best.codec} with {best.kl_at(temperature):.3g} nat"
+    closest = f"the most faithful{within} is {best.codec} with {best.kl_at(temperature):.3g} nat"
     if not faithful:
         return None, best, f"no codec here has {bound}: {closest}"
     needed = min(faithful, key=lambda codec: codec.cache_bytes)

@@ -107,7 +107,7 @@ def _table(codecs: Sequence[PlannedCodec], temperature: float) -> str:
     rows = [
         (
             codec.codec,
-            f"{codec.record_bytes:,.4g}",
+            f"{codec.record_bytes:,.1f}",
             f"{codec.cache_bytes:,}",
             f"{codec.retained_mass[at]:.2%}",
             *("unbiased" if codec.kl is None else f"{codec.kl[t]:.3g}" for t in temperatures),
@@ -119,4 +119,4 @@ def _table(codecs: Sequence[PlannedCodec], temperature: float) -> str:
         )
         for codec in codecs
     ]
-    return table(header, rows)
+    return f'<div style="overflow-x: auto">{table(header, rows)}</div>'

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,9 +33,6 @@ NUMBERS_AT_ONCE = 2**22
 """Logits that are measured at a time: 32 MB in float64."""
 SHARING_TAILS: tuple[Tail, ...] = ("uniform", "profile")
 """The tail policies that say what each class gets, so that there is a KL."""
-
-Means = dict[str, float]
-
 
 Options = dict[str, Value]
 
@@ -158,13 +155,17 @@ def measure_codecs(
     """
     temperatures = sorted({*DEFAULT_TEMPERATURES, temperature})
     tallies = [_Tally(name, codec, positions=tuple(sample.logits.shape[1:-1])) for name, codec in codecs.items()]
-    profiles, profile_seconds = _profiles(sample) if any(codec.keeps_profile for codec in codecs.values()) else ({}, 0.0)
-    for fold, places in _parts(sample):
-        logits, seeds = sample.logits[places], sample.seeds[places]
-        full = FullAnswers(logits.cpu(), temperatures=temperatures, temperature=temperature)
-        for tally in tallies:
-            tally.add(logits, seeds, full, temperatures, profiles.get(fold))
-        advance(len(seeds))
+    folds = _folds(sample)
+    profiles, profile_seconds = _profiles(sample, folds) if any(codec.keeps_profile for codec in codecs.values()) else (None, 0.0)
+    at_once = max(1, NUMBERS_AT_ONCE // sample.logits[0].numel())
+    for fold, fold_places in enumerate(folds):
+        for start in range(0, len(fold_places), at_once):
+            places = fold_places[start : start + at_once]
+            logits, seeds = sample.logits[places], [sample.seeds[place] for place in places.tolist()]
+            full = FullAnswers(logits.cpu(), temperatures=temperatures, temperature=temperature)
+            for tally in tallies:
+                tally.add(logits, seeds, full, temperatures, profiles[fold] if profiles else None)
+            advance(len(seeds))
     return [tally.planned(sample, temperatures, grid=grid, shared=shared, profile_seconds=profile_seconds) for tally in tallies]
 
 
@@ -229,26 +230,24 @@ def _better_tail(means: Mapping[str, float], temperature: float) -> Tail:
     return min(SHARING_TAILS, key=lambda tail: means.get(f"kl@{temperature:g} {tail}", math.inf))
 
 
-def _parts(sample: Sample) -> Iterator[tuple[int, slice]]:
-    """Places in the sample, fold by fold, as many at a time as there is room for."""
-    step = max(1, NUMBERS_AT_ONCE // sample.logits[0].numel())
-    for fold in range(min(FOLDS, len(sample.rows))):
-        for start in range(fold, len(sample.rows), step * FOLDS):
-            yield fold, slice(start, start + step * FOLDS, FOLDS)
+def _folds(sample: Sample) -> list[Tensor]:
+    """Places in the sample, dealt out by chance: a dataset's order may have a rhythm."""
+    order = torch.randperm(len(sample.rows), generator=torch.Generator().manual_seed(0))
+    return [order[fold::FOLDS] for fold in range(min(FOLDS, len(order)))]
 
 
-def _profiles(sample: Sample) -> tuple[dict[int, Profile], float]:
+def _profiles(sample: Sample, folds: Sequence[Tensor]) -> tuple[list[Profile], float]:
     """For each fold the profile of all others, and the seconds that a record costs in it."""
     sums: list[NDArray[np.int64]] = []
     seconds = 0.0
-    for fold in range(min(FOLDS, len(sample.rows))):
-        own, logits = ProfileSum(sample.logits.shape[-1], sample.logits.device), sample.logits[fold::FOLDS]
+    for places in folds:
+        own, logits = ProfileSum(sample.logits.shape[-1], sample.logits.device), sample.logits[places]
         started = time.perf_counter()
         own.add(logits, top_classes(logits, 1)[1].squeeze(-1))
         seconds += time.perf_counter() - started
         sums.append(own.numpy())
     total = sum(sums, start=np.zeros((), np.int64))
-    return {fold: Profile.from_numpy(profile_table(total - own)) for fold, own in enumerate(sums)}, seconds / len(sample.rows)
+    return [Profile.from_numpy(profile_table(total - own)) for own in sums], seconds / len(sample.rows)
 
 
 def _field_bytes(field: FieldRecord, means: Mapping[str, float]) -> float:
