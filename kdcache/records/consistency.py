@@ -65,11 +65,14 @@ def _field_problems(field: FieldRecord, block_samples: int) -> Iterator[str]:
         yield f"expected the axes (view, sample), (sample) or none for {field.name!r}, found {field.axes}"
     if field.bits is not None and not (field.inner and field.dtype.startswith("uint") and 1 <= field.bits <= min(int(field.dtype[4:]), 57)):
         yield f"expected bits only for unsigned entries that have so many, found {field.bits} for {field.name!r} of {field.dtype}"
-    size = DTYPE_BYTES.get(field.dtype, 8) * (block_samples if field.axes else 1)
-    for length in field.inner:
-        size *= length
+    size = entries_bytes(field) * (block_samples if field.axes else 1)
     if size > LARGEST_BLOCK_BYTES:
         yield f"chunk files of {field.name!r} would have up to {size} bytes"
+
+
+def entries_bytes(field: FieldRecord) -> int:
+    """The most bytes that a record's entries can have, unpacked."""
+    return DTYPE_BYTES.get(field.dtype, 8) * math.prod(field.inner)
 
 
 def _ragged_problems(field: FieldRecord, fields: dict[str, FieldRecord]) -> Iterator[str]:

@@ -36,8 +36,10 @@ class Codec(Protocol):
     """Length of the class axis."""
     keeps_profile: bool
     """Whether the cache keeps a table of the teacher's mean answers, see `kdcache.targets.profile`."""
-    calibration_samples: int
-    """How many samples `calibrated` wants; 0 where nothing is measured."""
+
+    @property
+    def calibration_samples(self) -> int:
+        """How many samples `calibrated` wants; 0 where nothing is measured."""
 
     @property
     def calibration(self) -> Mapping[str, float]:

@@ -17,6 +17,9 @@ UP_TO_CLASSES = 2048
 UNIT = 2.0**-16
 """Log-probabilities are summed as whole numbers of this many nats, so that no order of adding can change the sum."""
 
+PRIOR_RECORDS = 16
+"""Measured: without them, a profile of a few records a class is worse than none; with them it never was at T = 2 and 4."""
+
 
 def profile_field(num_classes: int) -> FieldRecord:
     """The table [top class, class]."""
@@ -27,7 +30,7 @@ def profile_field(num_classes: int) -> FieldRecord:
         inner_names=("top", "class"),
         axes=TABLE_AXES,
         fill_value="NaN",
-        attributes={"decode": "mean log-probability at temperature 1 of the records whose largest logit is at the top class"},
+        attributes={"decode": "mean log-probability at temperature 1 of records whose largest logit is at the top class"},
     )
 
 
@@ -55,10 +58,10 @@ class ProfileSum:
 
 
 def profile_table(sums: NDArray[np.int64]) -> NDArray[np.float16]:
-    """The table from sums. A class that was never on top gets the mean of all records."""
+    """The table from sums: each row as if `PRIOR_RECORDS` more records had the mean of all, so that few records say little."""
     counts, units = sums[:, -1:], sums[:, :-1]
     mean = units.sum(axis=0, dtype=np.float64) / max(int(counts.sum()), 1)
-    rows = np.where(counts > 0, units / np.maximum(counts, 1), mean) * UNIT
+    rows: NDArray[np.float64] = (units + PRIOR_RECORDS * mean) / (counts + PRIOR_RECORDS) * UNIT
     return rows.astype(np.float16)
 
 

@@ -128,8 +128,6 @@ class Adaptive:
         Acoustics, Speech, and Signal Processing 36(9), 1988).
     """
 
-    calibration_samples = 2048
-
     def __init__(
         self,
         *,
@@ -163,9 +161,14 @@ class Adaptive:
             fields.append(gap_field(self.gap_range, (most_falls,), ("fall",), Lengths(field="logits/count", minus=1)))
         return (*fields, tail_field(self.temperatures, positions))
 
+    @property
+    def calibration_samples(self) -> int:
+        """As many as fit into half a gigabyte, up to 2048."""
+        return max(64, min(2048, 2**27 // self.num_classes))
+
     def calibrated(self, logits: Float[Tensor, "batch *positions classes"]) -> "Adaptive":
         """The same codec with its slope measured on these logits."""
-        parts = logits.flatten(0, -2).split(RECORDS_AT_ONCE)
+        parts = torch.split(logits.flatten(0, -2), RECORDS_AT_ONCE)
         distortion = torch.cat([self._distortion(part, top_classes(part, self.max_k)[0]) for part in parts])
         low, high = -40.0, 10.0  # the slope's logarithm; a larger slope keeps less and leaves more
         for _ in range(60):

@@ -3,6 +3,7 @@
 import getpass
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from kdcache.learning.cache import make_probes
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset
 from kdcache.learning.views import library_versions
+from kdcache.records.consistency import LARGEST_BLOCK_BYTES, entries_bytes
 from kdcache.records.errors import ConfigError
 from kdcache.records.manifest import (
     FORMAT_VERSION,
@@ -37,6 +39,7 @@ from kdcache.store.content import content_digest
 from kdcache.store.files import write_atomically
 from kdcache.store.ledger import BlockLedger, DumpPlan, read_plan
 from kdcache.store.reader import read_manifest
+from kdcache.store.zarr_backend import row_bytes
 from kdcache.targets.codecs import Codec, make_codec
 from kdcache.targets.coding import smallest_unsigned
 from kdcache.targets.profile import profile_field, profile_table
@@ -44,7 +47,9 @@ from kdcache.workflows.devices import Precision
 from kdcache.workflows.teaching import BlockWorker, Teacher, open_teacher
 
 ROWS_IN_A_BLOCK = 65_536
-"""Rows of a chunk file: 2-8 MB at k = 16 to 64, where opening costs nothing against reading."""
+"""Most rows of a chunk file, where opening costs nothing against reading …"""
+BYTES_IN_A_BLOCK = 8 * 2**20
+"""… unless it would be larger than this."""
 SMALLEST_BLOCKS = 4
 """A small set is cut into at least this many sample ranges, so that a killed dump does not begin from nothing …"""
 FEWEST_ROWS = 4096
@@ -121,9 +126,9 @@ def dump(
     )
     dataset = running.dataset
     asked_codec = make_codec(Spec.parse(codec), num_classes=dataset.num_classes)
-    grid = cut_into_blocks(len(dataset), views=views, block_samples=block_samples)
     provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=running.device, command=command)
     measured_codec, positions = _measure(running, asked_codec, out)
+    fields = measured_codec.fields(positions)
     plan = DumpPlan(
         recipe=Recipe(
             teacher=_teacher_record(loaded, dataset, running.precision, positions),
@@ -132,11 +137,11 @@ def dump(
             codec=str(measured_codec.spec),
         ),
         layout=layout,
-        grid=grid,
+        grid=cut_into_blocks(len(dataset), fields, views=views, block_samples=block_samples),
         batch_size=batch_size,
         calibration=dict(measured_codec.calibration),
     )
-    worker = BlockWorker(running, measured_codec, measured_codec.fields(positions))
+    worker = BlockWorker(running, measured_codec, fields)
     with BlockLedger.open(out, plan) as ledger:
         if (out / MANIFEST_NAME).exists():
             manifest = read_manifest(out)
@@ -254,11 +259,16 @@ def _teacher_record(loaded: LoadedModel, dataset: Dataset, precision: Precision,
     )
 
 
-def cut_into_blocks(num_samples: int, *, views: int, block_samples: int | None) -> BlockGrid:
-    """Cuts the work so that chunk files are of equal length and not padded by more than a few rows."""
+def cut_into_blocks(num_samples: int, fields: Sequence[FieldRecord], *, views: int, block_samples: int | None) -> BlockGrid:
+    """Cuts the work so that chunk files are of equal length, not too long and not padded by more than a few rows."""
     if views < 1 or (block_samples is not None and block_samples < 1):
         raise ConfigError(f"expected at least one view and one sample in a block, found {views} and {block_samples}")
-    largest = block_samples or min(ROWS_IN_A_BLOCK, max(FEWEST_ROWS, -(-num_samples // SMALLEST_BLOCKS)))
+    most = LARGEST_BLOCK_BYTES // max(entries_bytes(field) for field in fields)
+    if most < (block_samples or 1):
+        raise ConfigError(f"records of this size allow at most {most} samples in a block, found --block-samples {block_samples}")
+    by_size = BYTES_IN_A_BLOCK // max(row_bytes(field) for field in fields if field.lengths is None)
+    by_number = max(FEWEST_ROWS, -(-num_samples // SMALLEST_BLOCKS))
+    largest = block_samples or max(1, min(ROWS_IN_A_BLOCK, most, by_size, by_number))
     num_blocks = -(-num_samples // largest)
     return BlockGrid(
         num_samples=num_samples, num_views=views, block_samples=-(-num_samples // num_blocks), block_views=min(views, VIEWS_IN_A_BLOCK)

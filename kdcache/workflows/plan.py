@@ -129,7 +129,7 @@ def plan(
             made,
             sample,
             temperature=temperature,
-            grid=cut_into_blocks(len(dataset), views=views, block_samples=None),
+            cut=lambda fields: cut_into_blocks(len(dataset), fields, views=views, block_samples=None),
             shared=sample_fields(dataset),
             advance=advance,
         )

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +35,7 @@ SHARING_TAILS: tuple[Tail, ...] = ("uniform", "profile")
 """The tail policies that say what each class gets, so that there is a KL."""
 
 Options = dict[str, Value]
+Cut = Callable[[Sequence[FieldRecord]], BlockGrid]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +142,7 @@ def _shortest(number: float) -> Value:
 
 
 def measure_codecs(
-    codecs: Mapping[str, Codec], sample: Sample, *, temperature: float, grid: BlockGrid, shared: Sequence[FieldRecord], advance: Advance
+    codecs: Mapping[str, Codec], sample: Sample, *, temperature: float, cut: Cut, shared: Sequence[FieldRecord], advance: Advance
 ) -> list[PlannedCodec]:
     """Encodes and decodes a sample with each codec and compares what comes out with the full answers.
 
@@ -149,7 +150,7 @@ def measure_codecs(
         codecs: Codecs by what the user types, calibrated.
         sample: The answers.
         temperature: T of the students' loss.
-        grid: How the whole cache will be cut.
+        cut: How the whole cache will be cut, by its fields.
         shared: What the cache holds beside its records, whatever the codec.
         advance: Told how many records are done.
     """
@@ -166,7 +167,7 @@ def measure_codecs(
             for tally in tallies:
                 tally.add(logits, seeds, full, temperatures, profiles[fold] if profiles else None)
             advance(len(seeds))
-    return [tally.planned(sample, temperatures, grid=grid, shared=shared, profile_seconds=profile_seconds) for tally in tallies]
+    return [tally.planned(sample, temperatures, cut=cut, shared=shared, profile_seconds=profile_seconds) for tally in tallies]
 
 
 class _Tally:
@@ -189,9 +190,10 @@ class _Tally:
             self._sums[name] += values.double().reshape(len(seeds), -1).mean(dim=1).sum().item()
 
     def planned(
-        self, sample: Sample, temperatures: Sequence[float], *, grid: BlockGrid, shared: Sequence[FieldRecord], profile_seconds: float
+        self, sample: Sample, temperatures: Sequence[float], *, cut: Cut, shared: Sequence[FieldRecord], profile_seconds: float
     ) -> PlannedCodec:
         """The means, and what follows for the whole cache."""
+        grid = cut(self.fields)
         means = {name: value / len(sample.rows) for name, value in self._sums.items()}
         if self.codec.keeps_profile:
             shared = (*shared, profile_field(self.codec.num_classes))

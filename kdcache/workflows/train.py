@@ -26,6 +26,9 @@ from kdcache.workflows.runs import Row, RunFiles
 LOW_MASS = {"bucket": 0.5, "uniform": 0.5, "profile": 0.5, "renormalize": 0.9}
 """Below this mean retained mass at the chosen temperature a run begins with a warning, by tail policy."""
 
+FEWEST_PROFILED = 16
+"""Records a class on average from which on the teacher's mean answers are worth pointing to."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationOptions:
@@ -193,7 +196,9 @@ def _warn_of_low_mass(cache: Cache, distillation: DistillationOptions, progress:
     mass = 1 - soft.tail_mass_at(distillation.temperature).mean().item()
     if mass >= LOW_MASS[distillation.tail]:
         return
-    better = "profile" if cache.codec.keeps_profile else "bucket" if distillation.tail == "renormalize" else None
+    records = cache.manifest.grid.num_samples * cache.num_views
+    has_profile = cache.codec.keeps_profile and records >= FEWEST_PROFILED * cache.codec.num_classes
+    better = "profile" if has_profile else "bucket" if distillation.tail == "renormalize" else None
     policy = f"train with --tail {better}, " if better and better != distillation.tail else ""
     progress.note(
         f"warning: at temperature {distillation.temperature:g} the codec {cache.codec.spec} keeps {mass:.0%} of the teacher's"
