@@ -17,7 +17,17 @@ from kdcache.learning.losses import kd_loss
 from kdcache.records.consistency import check_manifest
 from kdcache.records.errors import ConfigError
 from kdcache.records.manifest import BlockGrid
-from kdcache.targets.profile import PROFILE, UNIT, UP_TO_CLASSES, Profile, ProfileSum, profile_field, profile_table
+from kdcache.targets.profile import (
+    PRIOR_RECORDS,
+    PROFILE,
+    SHARPNESS,
+    UNIT,
+    UP_TO_CLASSES,
+    Profile,
+    ProfileSum,
+    profile_field,
+    profile_table,
+)
 from kdcache.targets.soft_targets import SoftTargets
 
 Logits = Callable[..., Tensor]
@@ -46,13 +56,23 @@ def test_sums_do_not_depend_on_the_order(scale: float, teacher_logits: Logits) -
 
 
 def test_rows_are_mean_log_probabilities(teacher_logits: Logits) -> None:
-    """Row t of the table is the mean log-probability at T=1 of each class over the records with t on top, to float16's last place."""
+    """Row t is the mean log-probability at T=1 over the records with t on top and the prior ones, to float16's last place."""
     logits = teacher_logits(500, 6)
     table = profile_table(summed(logits).numpy())
     assert table.dtype == np.float16
+    log_probs = logits.double().log_softmax(-1)
     for top in range(6):
-        exact = logits[logits.argmax(-1) == top].double().log_softmax(-1).mean(0).numpy()
+        own = log_probs[logits.argmax(-1) == top]
+        exact = torch.cat([own, log_probs.mean(0).expand(PRIOR_RECORDS, -1)]).mean(0)
         np.testing.assert_allclose(table[top].astype(np.float64), exact, rtol=2.0**-11, atol=UNIT)
+
+
+def test_many_records_outweigh_the_prior(teacher_logits: Logits) -> None:
+    """With many records for a class, its row is their own mean to a few hundredths of a nat."""
+    logits = teacher_logits(40, 4)
+    sums = 1000 * summed(logits).numpy()
+    own = logits[logits.argmax(-1) == 2].double().log_softmax(-1).mean(0).numpy()
+    np.testing.assert_allclose(profile_table(sums)[2].astype(np.float64), own, atol=0.05)
 
 
 def test_a_class_that_is_never_on_top_gets_the_mean_of_all(teacher_logits: Logits) -> None:
@@ -152,7 +172,7 @@ def test_a_dumped_cache_has_its_profile(spec: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(cache.reader.shared(PROFILE), profile_table(summed(exact).numpy()))
     soft = cache.soft_targets(rows, views)
     assert soft.profile is not None
-    assert torch.equal(soft.profile.rows(torch.arange(12)), torch.from_numpy(cache.reader.shared(PROFILE)).float())
+    assert torch.equal(soft.profile.rows(torch.arange(12)), torch.from_numpy(cache.reader.shared(PROFILE)).float() * SHARPNESS)
     assert kd_loss(exact, soft, temperature=4.0, tail="profile").isfinite()
     assert soft.to(CPU).profile is soft.profile
 

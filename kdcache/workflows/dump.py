@@ -1,6 +1,7 @@
 """`kdcache dump`, stage one: teacher over every (sample, view), block by block, into a store that is whole or resumable."""
 
 import getpass
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -159,11 +160,12 @@ def _measure(teacher: Teacher, codec: Codec, out: Path) -> tuple[Codec, tuple[in
     """The codec with its constants, from an unfinished dump or measured now, and the position axes of the teacher's answers."""
     begun = read_plan(out)
     constants = begun[0].calibration if begun and begun[0].recipe.codec == str(codec.spec) else {}
-    wanted = 1 if constants else max(codec.calibration_samples, 1)
-    logits = torch.cat([logits for _, logits in teacher.sample(wanted)])
+    ((_, first),) = teacher.sample(1)
+    positions = tuple(first.shape[1:-1])
     if constants:
-        codec = make_codec(codec.spec, num_classes=codec.num_classes, calibration=constants)
-    return codec if constants else codec.calibrated(logits), tuple(logits.shape[1:-1])
+        return make_codec(codec.spec, num_classes=codec.num_classes, calibration=constants), positions
+    wanted = -(-codec.calibration_samples // math.prod(positions))
+    return codec.calibrated(torch.cat([logits for _, logits in teacher.sample(wanted)]) if wanted else first), positions
 
 
 def _dump_blocks(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: BlockWorker, backend: Backend, progress: Progress) -> int:
