@@ -47,7 +47,7 @@ def through_files(made: Codec, logits: Tensor, folder: Path, seeds: Sequence[int
         else:
             encoded[field.name] = array[_present(field, encoded[field.lengths.field], array.shape[-1])]
     grid = BlockGrid(num_samples=len(logits), num_views=1, block_samples=len(logits), block_views=1)
-    backend = make_backend("zarr")
+    backend = make_backend("zarr", ())
     backend.write_block(folder, fields, grid, grid.blocks()[0], {name: [array] for name, array in encoded.items()})
     read = backend.read_records(folder, fields, grid, sample_block=0, view=0)
     for field in fields:

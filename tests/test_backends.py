@@ -40,7 +40,7 @@ from kdcache.store.backends import make_backend
 from kdcache.store.content import content_digest
 from kdcache.store.reader import CacheReader
 
-LAYOUTS = ("zarr", "parquet")
+LAYOUTS = ("zarr", "parquet", "compact")
 GRID = BlockGrid(num_samples=50, num_views=5, block_samples=20, block_views=2)
 """Three ranges of rows, the last one shorter; three groups of views, the last one smaller."""
 SHORT = (3, 1)
@@ -164,7 +164,8 @@ def gathered(name: str, rows: Sequence[int], views: Sequence[int]) -> Array:
 
 def make_cache(root: Path, layout: str) -> Path:
     """A complete cache of all fields."""
-    backend = make_backend(layout)
+    backend = make_backend(layout, (*RECORD_FIELDS, *SHARED_FIELDS))
+    backend.learn({}, [])
     recipe = Recipe(
         teacher=TeacherRecord(spec="large", sha256="sha256:aa", num_classes=10, precision="float32"),
         dataset=DatasetRecord(spec="noise", num_samples=GRID.num_samples, sha256="sha256:bb"),
@@ -321,7 +322,7 @@ def test_backend_names_the_files_it_writes(root: Path) -> None:
 @pytest.mark.parametrize("name", ["packed/uint16", "dense/fall"])
 def test_only_what_is_asked_for_is_opened(own: Path, name: str) -> None:
     """A read of some records needs the files of their fields, views and ranges; all others may be missing."""
-    backend, fields = make_backend(CacheReader(own).manifest.layout), [FIELDS[name]]
+    backend, fields = make_backend(CacheReader(own).manifest.layout, CacheReader(own).manifest.fields), [FIELDS[name]]
     lengths = FIELDS[name].lengths
     if lengths:
         fields.append(FIELDS[lengths.field])
@@ -338,7 +339,7 @@ def test_only_what_is_asked_for_is_opened(own: Path, name: str) -> None:
 
 def test_mapped_layout_has_a_file_for_each_field_and_view(caches: dict[str, Path]) -> None:
     """In the mapped layout a read of one field in one view needs one file."""
-    backend = make_backend("zarr")
+    backend = make_backend("zarr", ())
     paths = [backend.paths_of(item, GRID, sample_block=1, view=view) for item in RECORD_FIELDS for view in range(GRID.num_views)]
     assert {len(of_field) for of_field in paths} == {1}
     assert len({path for (path,) in paths}) == len(paths)

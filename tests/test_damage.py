@@ -21,7 +21,7 @@ from kdcache.workflows.convert import convert
 from kdcache.workflows.verify import verify
 
 CODECS = {"topk": ("topk,k=5", 300), "adaptive": ("adaptive,mean_k=4,max_k=16", 300), "dense": ("dense,dtype=uint8", 12)}
-LAYOUTS = ("zarr",)
+LAYOUTS = ("zarr", "parquet", "compact")
 DAMAGES_A_STORE = 60
 
 Content = dict[str, NDArray[Any]]

@@ -15,7 +15,7 @@ from stored import BLOCK_SAMPLES, NUM_SAMPLES, NUM_VIEWS, Noise, dump_noise
 from kdcache.learning.cache import Cache
 from kdcache.learning.datasets import wrap_dataset
 from kdcache.learning.loader import ViewLoader, window_order
-from kdcache.records.errors import ConfigError, MismatchError
+from kdcache.records.errors import MismatchError
 from kdcache.store.reader import CacheReader
 from kdcache.workflows.convert import convert
 
@@ -150,7 +150,7 @@ def test_windows_read_few_ranges_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_order_follows_from_the_layout(cache: Path, tmp_path: Path) -> None:
-    """`auto` is random access where that is quick and windows where it is not; an unknown order is refused by name."""
+    """`auto` is random access where that is quick and windows where it is not."""
     mapped = Cache(cache)
     noise = Noise(300)
     dataset = wrap_dataset([noise[i] for i in range(len(noise))], num_classes=300)
@@ -160,5 +160,3 @@ def test_the_order_follows_from_the_layout(cache: Path, tmp_path: Path) -> None:
     assert blocks is not None
     assert [len(block) for block in blocks] == [17, 17, 16]
     assert BLOCK_SAMPLES == 20
-    with pytest.raises(ConfigError, match="random"):
-        mapped.join(dataset).blocks("sideways")  # type: ignore[arg-type]

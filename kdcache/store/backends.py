@@ -1,6 +1,6 @@
 """The layouts of a store, behind one protocol: the same arrays in, the same arrays out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,14 @@ class Backend(Protocol):
 
     def paths_of(self, field: FieldRecord, grid: BlockGrid, *, sample_block: int, view: int) -> list[str]:
         """The files that must be whole to read the field's records of one view and range."""
+
+    def learn(self, tables: Mapping[str, NDArray[Any]], records: Iterable[Mapping[str, NDArray[Any]]]) -> None:
+        """Looks at what is going to be written, before anything is; most layouts need not.
+
+        Args:
+            tables: The store's tables, by field name.
+            records: All records, view by view and range by range; only what is iterated over is read.
+        """
 
     def write_block(
         self, root: Path, fields: Sequence[FieldRecord], grid: BlockGrid, block: Block, arrays: BlockArrays
@@ -63,8 +71,8 @@ class Backend(Protocol):
 LAYOUTS = ("zarr", "parquet", "compact")
 
 
-def make_backend(layout: str) -> Backend:
-    """The backend of a layout.
+def make_backend(layout: str, fields: Sequence[FieldRecord]) -> Backend:
+    """The backend of a layout, for a store with these fields.
 
     Raises:
         FormatError: There is none of this name.
@@ -75,4 +83,8 @@ def make_backend(layout: str) -> Backend:
         from kdcache.store.parquet_backend import ParquetBackend  # PyArrow takes a quarter of a second to import
 
         return ParquetBackend()
+    if layout == "compact":
+        from kdcache.store.compact_backend import CompactBackend  # and its coders as much
+
+        return CompactBackend(fields)
     raise FormatError(f"unknown layout {layout!r}; expected one of: {', '.join(LAYOUTS)}")

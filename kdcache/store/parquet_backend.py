@@ -6,7 +6,7 @@ sample, `tables/NAME.parquet` a table's rows. No value is null; every page has a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ class ParquetBackend:
     def paths_of(self, field: FieldRecord, grid: BlockGrid, *, sample_block: int, view: int) -> list[str]:
         """The block's file."""
         return self.record_paths([field], grid, _block_of(grid, sample_block, view))
+
+    def learn(self, tables: Mapping[str, NDArray[Any]], records: Iterable[Mapping[str, NDArray[Any]]]) -> None:
+        """Nothing: each record is written as it is."""
 
     def write_block(
         self, root: Path, fields: Sequence[FieldRecord], grid: BlockGrid, block: Block, arrays: BlockArrays

@@ -71,7 +71,7 @@ class CacheReader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.manifest = read_manifest(root)
-        self.backend = make_backend(self.manifest.layout)
+        self.backend = make_backend(self.manifest.layout, self.manifest.fields)
         self._fields = {field.name: field for field in self.manifest.fields}
         self._files = {file.path: file for file in self.manifest.files}
         self._verified: set[str] = set()
@@ -315,7 +315,7 @@ def _concatenate(parts: Sequence[NDArray[Any]], field: FieldRecord) -> NDArray[A
 
 def _check_files_listed(manifest: Manifest, *, where: str) -> None:
     """Every file of every array is listed, and each block lists its own."""
-    backend, grid = make_backend(manifest.layout), manifest.grid
+    backend, grid = make_backend(manifest.layout, manifest.fields), manifest.grid
     of_records = [field for field in manifest.fields if field.per_view]
     expected = [set(backend.record_paths(of_records, grid, block)) for block in grid.blocks()]
     listed = [{file.path for file in record.files} for record in manifest.blocks]

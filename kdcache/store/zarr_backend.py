@@ -8,7 +8,7 @@ the records fill, and the shard's index.
 
 import asyncio
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class ZarrBackend:
     def paths_of(self, field: FieldRecord, grid: BlockGrid, *, sample_block: int, view: int) -> list[str]:
         """The files that hold the field's records of one view and range."""
         return [chunk_path(field, sample_block=sample_block, view=view)]
+
+    def learn(self, tables: Mapping[str, NDArray[Any]], records: Iterable[Mapping[str, NDArray[Any]]]) -> None:
+        """Nothing: each record is written as it is."""
 
     def write_block(
         self, root: Path, fields: Sequence[FieldRecord], grid: BlockGrid, block: Block, arrays: BlockArrays

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +60,8 @@ def convert(source: Path, destination: Path, *, layout: str, progress: Progress 
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; expected one of: {', '.join(LAYOUTS)}")
-    reader, backend = CacheReader(source), make_backend(layout)
+    reader = CacheReader(source)
+    backend = make_backend(layout, reader.manifest.fields)
     with _begun(destination, {"content": reader.manifest.content, "layout": layout, "recipe_key": reader.manifest.recipe_key}):
         if (destination / MANIFEST_NAME).exists():  # killed between the last two lines below
             manifest = read_manifest(destination)
@@ -93,12 +94,13 @@ def _require_free(destination: Path, plan: dict[str, str]) -> None:
 def _convert_files(reader: CacheReader, destination: Path, backend: Backend, progress: Progress) -> Manifest:
     """Writes every file of the new cache, and gives its manifest."""
     manifest, grid = reader.manifest, reader.manifest.grid
+    shared = {field.name: _read_shared(reader, field.name) for field in manifest.fields if not field.per_view}
+    backend.learn({field.name: shared[field.name] for field in manifest.fields if not field.axes}, _classes(reader))
     blocks = []
     with progress.stage("convert", total=grid.num_samples * grid.num_views, unit="records") as advance:
         for record in manifest.blocks:
             blocks.append(_convert_block(reader, destination, backend, record))
             advance(record.block.num_rows)
-    shared = {field.name: _read_shared(reader, field.name) for field in manifest.fields if not field.per_view}
     metadata_files = backend.write_shared(destination, manifest.fields, grid, shared)
     return replace(manifest, layout=backend.layout, metadata_files=metadata_files, blocks=tuple(blocks))
 
@@ -110,6 +112,14 @@ def _convert_block(reader: CacheReader, destination: Path, backend: Backend, rec
     arrays = {name: [records[name] for records in views] for name in names}
     _require_content(reader, f"block {block.id}", record.content, arrays)
     return replace(record, files=backend.write_block(destination, fields, reader.manifest.grid, block, arrays))
+
+
+def _classes(reader: CacheReader) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The classes of all records, view by view and range by range."""
+    grid = reader.manifest.grid
+    for sample_block in range(grid.num_sample_blocks):
+        for view in range(grid.num_views):
+            yield reader.records(["logits/index"], sample_block=sample_block, view=view)
 
 
 def _read_shared(reader: CacheReader, name: str) -> NDArray[Any]:

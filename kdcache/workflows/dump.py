@@ -149,7 +149,7 @@ def dump(
             computed = 0
             progress.note(f"{out} is complete already")
         else:
-            backend = make_backend(layout)
+            backend = make_backend(layout, fields)
             computed = _dump_blocks(out, plan, ledger, worker, backend, progress)
             manifest = _commit(out, plan, ledger, worker, backend, provenance, license)
         ledger.close()

@@ -85,7 +85,7 @@ def encode_all(codec: Codec, logits: torch.Tensor) -> dict[str, NDArray[Any]]:
 
 def make_store(root: Path, codec: Codec, blocks: Iterator[torch.Tensor], *, num_blocks: int, num_rows: int = ROWS) -> Manifest:
     """A store of records with these logits: one view, `num_blocks` ranges of `num_rows` samples."""
-    backend = make_backend("zarr")
+    backend = make_backend("zarr", ())
     grid = BlockGrid(num_samples=num_rows * num_blocks, num_views=1, block_samples=num_rows, block_views=1)
     profile = ProfileSum(codec.num_classes if codec.keeps_profile else 1, torch.device("cpu"))
     records, entries = [], 0
