@@ -193,9 +193,9 @@ def test_a_resumed_dump_keeps_what_was_measured(extra: int, healthy: pytest.Monk
     options: dict[str, Any] = {"codec": "adaptive,kl=0.3,max_k=30", "num_classes": 200}
     dump_noise(tmp_path, "undisturbed", **options)
     whole = LinearTeacher.images_seen
-    assert whole == NUM_SAMPLES * (1 + NUM_VIEWS)
+    assert whole == 1 + NUM_SAMPLES * (1 + NUM_VIEWS)  # one for the shape of the answers, then all of them to measure on
     healthy.setattr(LinearTeacher, "images_seen", 0)
-    healthy.setattr(LinearTeacher, "images_left", NUM_SAMPLES + extra)
+    healthy.setattr(LinearTeacher, "images_left", 1 + NUM_SAMPLES + extra)
     with pytest.raises(KeyboardInterrupt):
         dump_noise(tmp_path, **options)
     slope = plan_of(tmp_path / "cache")["calibration"]["slope"]

@@ -454,8 +454,8 @@ def test_any_rows_decode_alone(spec: str, teacher_logits: Logits) -> None:
     assert_equal_targets(some, expected)
 
 
-TOPK = "topk,gap_range=32.0,k={k},profile={profile},temperatures=(1.0,2.0,4.0),values=uint8"
-ADAPTIVE = "adaptive,gap_range=32.0,max_k={max_k},mean_k={mean_k},profile={profile},temperature=1.0,temperatures=(1.0,2.0,4.0)"
+TOPK = "topk,gap_range=32.0,k={k},levels=254,profile={profile},temperatures=(1.0,2.0,4.0),values=uint8"
+ADAPTIVE = "adaptive,gap_range=32.0,levels=254,max_k={max_k},mean_k={mean_k},profile={profile},temperature=1.0,temperatures=(1.0,2.0,4.0)"
 
 
 @pytest.mark.parametrize(
@@ -472,16 +472,16 @@ ADAPTIVE = "adaptive,gap_range=32.0,max_k={max_k},mean_k={mean_k},profile={profi
         (
             "topk,temperatures=(4,1,1.0),k=3,values=float16",
             10,
-            "topk,gap_range=32.0,k=3,profile=True,temperatures=(1.0,4.0),values=float16",
+            "topk,gap_range=32.0,k=3,levels=254,profile=True,temperatures=(1.0,4.0),values=float16",
         ),
-        ("topk,temperatures=2,gap_range=8", 100, "topk,gap_range=8.0,k=16,profile=True,temperatures=(2.0,),values=uint8"),
+        ("topk,temperatures=2,gap_range=8", 100, "topk,gap_range=8.0,k=16,levels=254,profile=True,temperatures=(2.0,),values=uint8"),
         ("adaptive", 3, ADAPTIVE.format(max_k=2, mean_k=1.5, profile=True)),
         ("adaptive", 1000, ADAPTIVE.format(max_k=128, mean_k=12.0, profile=True)),
         ("adaptive,max_k=20,mean_k=4", 151_936, ADAPTIVE.format(max_k=20, mean_k=4.0, profile=False)),
         (
             "adaptive,kl=1e-1,temperatures=1",
             100,
-            "adaptive,gap_range=32.0,kl=0.1,max_k=99,profile=True,temperature=1.0,temperatures=(1.0,)",
+            "adaptive,gap_range=32.0,kl=0.1,levels=254,max_k=99,profile=True,temperature=1.0,temperatures=(1.0,)",
         ),
         ("sampled", 1000, "sampled,draws=50,temperature=1.0"),
         ("sampled,draws=65534,temperature=2", 1000, "sampled,draws=65534,temperature=2.0"),
@@ -506,7 +506,7 @@ def test_specs_are_resolved(spec: str, num_classes: int, resolved: str) -> None:
         ("topk,k=101", "topk,k=101: expected k from 1 to 100 (100 classes), found 101"),
         ("topk,k=2.0", "found 2.0"),
         ("topk,k=True", "found True"),
-        ("topk,rank=3", "unknown option rank; topk takes: gap_range, k, profile, temperatures, values"),
+        ("topk,rank=3", "unknown option rank; topk takes: gap_range, k, levels, profile, temperatures, values"),
         ("topk,temperatures=()", "at least one temperature"),
         ("topk,temperatures=(1,'warm')", "expected a number for temperatures, found 'warm'"),
         ("topk,temperatures=(0,)", "expected a positive temperatures, found 0"),
@@ -515,7 +515,7 @@ def test_specs_are_resolved(spec: str, num_classes: int, resolved: str) -> None:
         ("topk,gap_range=wide", "expected a number for gap_range, found 'wide'"),
         ("topk,values=int4", "expected values to be one of uint8, float16, found 'int4'"),
         ("topk,profile=1", "expected profile=True (up to 2048 classes) or False, found 1"),
-        ("adaptive,k=3", "unknown option k; adaptive takes: gap_range, kl, max_k, mean_k, profile, temperature, temperatures"),
+        ("adaptive,k=3", "unknown option k; adaptive takes: gap_range, kl, levels, max_k, mean_k, profile, temperature, temperatures"),
         ("adaptive,mean_k=5,kl=0.1", "expected mean_k or kl, found both"),
         ("adaptive,mean_k=30,max_k=20", "expected mean_k from 1 to max_k = 20, found 30"),
         ("adaptive,mean_k=0.5", "expected mean_k from 1 to max_k = 99, found 0.5"),

@@ -27,7 +27,7 @@ from kdcache.store.streams import decode_stream, encode_stream
 MAGIC = b"KDC1"
 INDEX, GAP, TAIL, PROFILE, ORDER = "logits/index", "logits/gap", "logits/tail", "profile/log_prob", "order"
 MOST_COLUMNS = 64
-"""An inner axis up to this long is coded place by place, a longer one as a whole."""
+"""An inner axis up to this long is coded place by place, a longer one, but for ranks, as a whole."""
 
 Records = Mapping[str, NDArray[Any]]
 Header = dict[str, dict[str, Any]]
@@ -90,7 +90,7 @@ class CompactBackend:
             write_record(root, _shared_path(field.name), encode_records(arrays, [field], None)) for field in fields if not field.per_view
         ]
         if self._seen is not None:
-            files.append(write_record(root, _shared_path(ORDER), _file({ORDER: {"count": len(self._seen)}}, {ORDER: [self._seen]})))
+            files.append(write_record(root, _shared_path(ORDER), encode_order(self._seen)))
         return tuple(files)
 
     def read_records(
@@ -118,11 +118,11 @@ class CompactBackend:
         if self._order is None and PROFILE in self._fields:
             self._order = ClassOrder.from_profile(_read_shared(root, self._fields[PROFILE], 0))
         elif self._order is None and INDEX in self._fields:
-            header, streams = _parsed((root / _shared_path(ORDER)).read_bytes())
-            count = header.get(ORDER, {}).get("count")
-            if not (type(count) is int and 0 <= count <= self._fields[INDEX].attributes["num_classes"] and len(streams[ORDER]) == 1):
-                raise FormatError(f"{root / _shared_path(ORDER)}: expected one stream of classes, found {header}")
-            self._order = _order_of(decode_stream(*streams[ORDER][0], np.dtype("<u4"), count), self._fields[INDEX])
+            path = root / _shared_path(ORDER)
+            try:
+                self._order = decode_order(path.read_bytes(), self._fields[INDEX])
+            except FormatError as error:
+                raise FormatError(f"{path}: {error}") from error
         return self._order
 
 
@@ -176,12 +176,30 @@ def decode_records(data: bytes, fields: Sequence[FieldRecord], order: ClassOrder
     return records
 
 
+def encode_order(seen: NDArray[np.uint32]) -> bytes:
+    """A compact file's content: the classes that come at all, most frequent first."""
+    return _file({ORDER: {"count": len(seen)}}, {ORDER: [seen]})
+
+
+def decode_order(data: bytes, index: FieldRecord) -> ClassOrder:
+    """The order that follows from what `encode_order` was given, for this field of classes.
+
+    Raises:
+        FormatError: The bytes are no such order.
+    """
+    header, streams = _parsed(data)
+    count, num_classes = header.get(ORDER, {}).get("count"), index.attributes["num_classes"]
+    if not (type(count) is int and 0 <= count <= num_classes and len(streams[ORDER]) == 1):
+        raise FormatError(f"expected one stream of at most {num_classes} classes, found {header}")
+    return _order_of(decode_stream(*streams[ORDER][0], np.dtype("<u4"), count), index)
+
+
 def _columns(field: FieldRecord, records: Records) -> list[NDArray[Any]]:
     """A field's entries, place by place along the last axis, or as a whole."""
     rows, lengths = records[field.name], _lengths(field, records)
     if lengths is not None:
         return to_columns(rows, lengths)
-    if not field.inner or field.inner[-1] > MOST_COLUMNS:
+    if not _by_place(field):
         return [rows.ravel()]
     return list(rows.reshape(-1, field.inner[-1]).T)
 
@@ -190,7 +208,7 @@ def _rows(field: FieldRecord, columns: Sequence[NDArray[Any]], lengths: NDArray[
     dtype, shape = np.dtype(field.dtype), (num_rows, *field.inner)
     if lengths is not None:
         return from_columns(columns, lengths, dtype)
-    joined = np.stack(columns, axis=-1) if field.inner and field.inner[-1] <= MOST_COLUMNS else columns[0]
+    joined = np.stack(columns, axis=-1) if _by_place(field) else columns[0]
     return joined.astype(dtype, copy=False).reshape(shape if field.axes else field.inner)
 
 
@@ -198,9 +216,14 @@ def _column_sizes(field: FieldRecord, lengths: NDArray[np.int64] | None, num_row
     if lengths is not None:
         return column_lengths(lengths)
     size = math.prod(field.inner) * (num_rows if field.axes else 1)
-    if not field.inner or field.inner[-1] > MOST_COLUMNS:
+    if not _by_place(field):
         return [size]
     return [size // field.inner[-1]] * field.inner[-1]
+
+
+def _by_place(field: FieldRecord) -> bool:
+    """Whether the places along the last axis have streams of their own: for ranks always."""
+    return field.name in (INDEX, GAP) or (bool(field.inner) and field.inner[-1] <= MOST_COLUMNS)
 
 
 def _lengths(field: FieldRecord, records: Records) -> NDArray[np.int64] | None:
@@ -213,7 +236,8 @@ def _lengths(field: FieldRecord, records: Records) -> NDArray[np.int64] | None:
 
 
 def _is_predicted(field: FieldRecord, fields: Sequence[FieldRecord]) -> bool:
-    return field.name == TAIL and field.dtype == "uint8" and any(other.name == GAP for other in fields)
+    by_temperature = field.name == TAIL and field.dtype == "uint8" and field.inner[-1] <= MOST_COLUMNS
+    return by_temperature and any(other.name == GAP for other in fields)
 
 
 def _first_falls(fields: Sequence[FieldRecord], records: Records) -> NDArray[np.uint8]:
@@ -246,11 +270,16 @@ def _restore(columns: list[NDArray[Any]], weights: object, falls: NDArray[np.uin
         raise FormatError(f"expected weights for {len(columns)} temperatures, found {weights}")
     for i in reversed(range(len(columns))):
         inputs = prediction.features(falls, restored[i + 1 :])
-        if weights[i]:
-            if len(weights[i]) != inputs.shape[1] or not all(type(weight) is int and abs(weight) <= 2**31 for weight in weights[i]):
+        if weights[i] != []:
+            if not _are_weights(weights[i], inputs.shape[1]):
                 raise FormatError(f"expected {inputs.shape[1]} whole weights, found {weights[i]}")
             restored[i] = prediction.restored(columns[i], inputs, weights[i])
     return restored
+
+
+def _are_weights(weights: object, count: int) -> bool:
+    is_list = isinstance(weights, list) and len(weights) == count
+    return is_list and all(type(weight) is int and abs(weight) <= 2**31 for weight in weights)
 
 
 def _file(header: Header, streams: Mapping[str, Sequence[NDArray[Any]]]) -> bytes:
@@ -274,10 +303,14 @@ def _parsed(data: bytes) -> tuple[Header, dict[str, list[tuple[str, bytes]]]]:
     start = 8 + int.from_bytes(data[4:8], "little")
     try:
         header: Header = json.loads(data[8:start])
+        if not isinstance(header, dict):
+            raise ValueError("it is no object")
         streams: dict[str, list[tuple[str, bytes]]] = {}
         for name in sorted(header):
             streams[name] = []
             for coder, size in header[name]["streams"]:
+                if type(size) is not int or size < 0:
+                    raise ValueError(f"expected the length of a stream of {name}, found {size}")
                 streams[name].append((coder, data[start : start + size]))
                 start += size
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

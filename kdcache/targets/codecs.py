@@ -10,7 +10,7 @@ from torch import Tensor
 from kdcache.records.errors import SpecError
 from kdcache.records.manifest import FieldRecord
 from kdcache.records.specs import Spec
-from kdcache.targets.coding import MOST_CLASSES
+from kdcache.targets.coding import LARGEST_CODE, MOST_CLASSES
 from kdcache.targets.dense import Dense
 from kdcache.targets.profile import UP_TO_CLASSES
 from kdcache.targets.sampled import Sampled
@@ -67,7 +67,7 @@ def make_codec(spec: Spec, *, num_classes: int, calibration: Mapping[str, float]
     """The codec that a spec names.
 
     Args:
-        spec: `auto`; `topk[,k=16][,temperatures=(1,2,4)][,gap_range=32][,values=uint8|float16][,profile=True]`;
+        spec: `auto`; `topk[,k=16][,temperatures=(1,2,4)][,gap_range=32][,levels=254][,values=uint8|float16][,profile=True]`;
             `adaptive[,mean_k=12|kl=0.05][,temperature=1][,max_k=128]` and the options of `topk`; `sampled[,draws=50][,temperature=1]`;
             `dense[,dtype=float16|float32|uint8]`.
         num_classes: Length of the teacher's class axis.
@@ -143,20 +143,21 @@ def _make_dense(options: _Options) -> Dense:
 
 
 def _make_topk(options: _Options) -> TopK:
-    options.spec.reject_unknown_options("k", "temperatures", "gap_range", "values", "profile")
+    options.spec.reject_unknown_options("k", "temperatures", "gap_range", "levels", "values", "profile")
     k = options.whole("k", DEFAULT_K, most=options.num_classes)
     return TopK(
         k=k,
         num_classes=options.num_classes,
         temperatures=options.temperatures(),
         gap_range=options.positive("gap_range", DEFAULT_RANGE),
+        levels=options.whole("levels", LARGEST_CODE, most=LARGEST_CODE),
         values=options.choice("values", ("uint8", "float16")),
         profile=options.profile() and k < options.num_classes,
     )
 
 
 def _make_adaptive(options: _Options, calibration: Mapping[str, float]) -> Adaptive:
-    names = ("max_k", "temperature", "mean_k", "kl", "temperatures", "gap_range", "profile")
+    names = ("max_k", "temperature", "mean_k", "kl", "temperatures", "gap_range", "levels", "profile")
     options.spec.reject_unknown_options(*names)
     given = options.spec.options
     if "mean_k" in given and "kl" in given:
@@ -175,6 +176,7 @@ def _make_adaptive(options: _Options, calibration: Mapping[str, float]) -> Adapt
         kl=options.positive("kl", 1.0) if "kl" in given else None,
         temperatures=options.temperatures(),
         gap_range=options.positive("gap_range", DEFAULT_RANGE),
+        levels=options.whole("levels", LARGEST_CODE, most=LARGEST_CODE),
         profile=options.profile(),
         calibration=calibration,
     )

@@ -1,7 +1,6 @@
 """What the codecs share: which classes are kept, falls as bytes, masses as bytes, and the fields that hold them."""
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -42,8 +41,8 @@ def _top_by_value_and_class(logits: Float[Tensor, "rows classes"], k: int) -> In
     return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
-def encode_falls(log_probs: Float[Tensor, "*batch kept"], fall_range: float) -> UInt8[Tensor, "*batch falls"]:
-    """The falls from each rank to the next as codes for `range · (code / 254)²`.
+def encode_falls(log_probs: Float[Tensor, "*batch kept"], fall_range: float, levels: int) -> UInt8[Tensor, "*batch falls"]:
+    """The falls from each rank to the next as codes for `range · (code / levels)²`.
 
     Each fall is taken from the *decoded* rank before, so errors do not add up.
     """
@@ -51,15 +50,15 @@ def encode_falls(log_probs: Float[Tensor, "*batch kept"], fall_range: float) -> 
     decoded = log_probs[..., 0].clone()
     for rank in range(codes.shape[-1]):
         fall = (decoded - log_probs[..., rank + 1]).clamp(0, fall_range)
-        code = (fall / fall_range).sqrt().mul(LARGEST_CODE).round()
+        code = (fall / fall_range).sqrt().mul(levels).round()
         codes[..., rank] = code.to(torch.uint8)
-        decoded = decoded - (code / LARGEST_CODE).square() * fall_range
+        decoded = decoded - (code / levels).square() * fall_range
     return codes
 
 
-def decode_falls(codes: UInt8[Tensor, "*batch falls"], fall_range: float) -> Float[Tensor, "*batch kept"]:
+def decode_falls(codes: UInt8[Tensor, "*batch falls"], fall_range: float, levels: int) -> Float[Tensor, "*batch kept"]:
     """Log-probabilities of the kept classes below the first one's, [*batch, falls + 1]."""
-    falls = codes.float().mul_(math.sqrt(fall_range) / LARGEST_CODE).square_()
+    falls = codes.float().mul_(math.sqrt(fall_range) / levels).square_()
     return functional.pad(falls.cumsum(dim=-1).neg_(), (1, 0))
 
 
@@ -133,11 +132,24 @@ def index_field(num_classes: int, inner: tuple[int, ...], names: tuple[str, ...]
     )
 
 
-def gap_field(fall_range: float, inner: tuple[int, ...], names: tuple[str, ...], lengths: Lengths | None = None) -> FieldRecord:
+def gap_field(
+    fall_range: float, levels: int, inner: tuple[int, ...], names: tuple[str, ...], lengths: Lengths | None = None
+) -> FieldRecord:
     """`logits/gap`: falls from rank to rank."""
-    attributes: dict[str, Any] = {"decode": "fall = gap_range * (code / 254)**2; log_prob = -cumsum(fall)", "gap_range": fall_range}
+    bits = (levels + 1).bit_length()
     return FieldRecord(
-        name="logits/gap", dtype="uint8", inner=inner, inner_names=names, fill_value=255, lengths=lengths, attributes=attributes
+        name="logits/gap",
+        dtype="uint8",
+        inner=inner,
+        inner_names=names,
+        fill_value=2**bits - 1,
+        bits=bits if bits < 8 else None,
+        lengths=lengths,
+        attributes={
+            "decode": "fall = gap_range * (code / levels)**2; log_prob = -cumsum(fall)",
+            "gap_range": fall_range,
+            "levels": levels,
+        },
     )
 
 

@@ -43,6 +43,7 @@ class TopK:
         num_classes: Length of the class axis.
         temperatures: Declared temperatures, at which the tail's mass is stored.
         gap_range: The largest fall that a code can say, in nats; larger ones are stored as this.
+        levels: The code of that fall; 254 takes a byte and adds 1e-5 nat, 96 takes 7 bits and adds less than 1e-4.
         values: `uint8` for falls of one byte, `float16` for log-probabilities below the first one's.
         profile: Whether the cache keeps the teacher's mean answer to each top class, which shapes the tail.
     """
@@ -50,11 +51,13 @@ class TopK:
     calibration: Mapping[str, float] = {}
     calibration_samples = 0
 
-    def __init__(self, *, k: int, num_classes: int, temperatures: tuple[float, ...], gap_range: float, values: str, profile: bool) -> None:
-        self.k, self.num_classes, self.temperatures, self.gap_range = k, num_classes, temperatures, gap_range
+    def __init__(
+        self, *, k: int, num_classes: int, temperatures: tuple[float, ...], gap_range: float, levels: int, values: str, profile: bool
+    ) -> None:
+        self.k, self.num_classes, self.temperatures, self.gap_range, self.levels = k, num_classes, temperatures, gap_range, levels
         self.values, self.keeps_profile = values, profile
-        options: dict[str, Value] = {"k": k, "temperatures": temperatures, "gap_range": gap_range, "values": values, "profile": profile}
-        self.spec = Spec(source="", name="topk", options=options)
+        options: dict[str, Value] = {"k": k, "temperatures": temperatures, "gap_range": gap_range, "levels": levels}
+        self.spec = Spec(source="", name="topk", options={**options, "values": values, "profile": profile})
 
     def fields(self, positions: tuple[int, ...]) -> tuple[FieldRecord, ...]:
         """`logits/index`, `logits/gap` or `logits/value` (not for k = 1), and `logits/tail` (not for k = classes)."""
@@ -62,7 +65,7 @@ class TopK:
         fields = [index_field(self.num_classes, (*positions, self.k), (*axes, "rank"))]
         if self.k > 1:
             inner, names = (*positions, self.k - 1), (*axes, "fall")
-            gap = gap_field(self.gap_range, inner, names)
+            gap = gap_field(self.gap_range, self.levels, inner, names)
             decode = {"decode": "log_prob = value, below the first class's"}
             value = replace_record(
                 gap, name="logits/value", dtype="float16", inner_names=(*axes, "lower_rank"), fill_value="NaN", attributes=decode
@@ -81,7 +84,7 @@ class TopK:
         values, index = top_classes(logits, self.k)
         arrays = {"logits/index": index.to(torch_dtype(smallest_unsigned(self.num_classes)[0]))}
         if self.k > 1 and self.values == "uint8":
-            arrays["logits/gap"] = encode_falls(values, self.gap_range)
+            arrays["logits/gap"] = encode_falls(values, self.gap_range, self.levels)
         elif self.k > 1:
             arrays["logits/value"] = (values[..., 1:] - values[..., :1]).clamp(min=-60_000).half()
         if self.k < self.num_classes:
@@ -94,7 +97,7 @@ class TopK:
         if self.k == 1:
             log_probs = torch.zeros_like(index, dtype=torch.float32)
         elif self.values == "uint8":
-            log_probs = decode_falls(arrays["logits/gap"], self.gap_range)
+            log_probs = decode_falls(arrays["logits/gap"], self.gap_range, self.levels)
         else:
             values = arrays["logits/value"].float()
             log_probs = torch.cat([torch.zeros_like(values[..., :1]), values], dim=-1)
@@ -121,6 +124,7 @@ class Adaptive:
         kl: Mean KL that is to be left, in nats, or None; exactly one of the two.
         temperatures: As for `topk`.
         gap_range: As for `topk`.
+        levels: As for `topk`.
         profile: As for `topk`.
         calibration: `{"slope": nats an entry}`, or empty before it is measured.
 
@@ -138,14 +142,16 @@ class Adaptive:
         kl: float | None,
         temperatures: tuple[float, ...],
         gap_range: float,
+        levels: int,
         profile: bool,
         calibration: Mapping[str, float],
     ) -> None:
         self.max_k, self.num_classes, self.temperature, self.mean_k, self.kl = max_k, num_classes, temperature, mean_k, kl
-        self.temperatures, self.gap_range, self.keeps_profile, self.calibration = temperatures, gap_range, profile, calibration
+        self.temperatures, self.gap_range, self.levels = temperatures, gap_range, levels
+        self.keeps_profile, self.calibration = profile, calibration
         options: dict[str, Value] = {"max_k": max_k, "temperature": temperature, "temperatures": temperatures, "gap_range": gap_range}
         target: dict[str, Value] = {"mean_k": mean_k} if kl is None else {"kl": kl}
-        self.spec = Spec(source="", name="adaptive", options={**options, "profile": profile, **target})
+        self.spec = Spec(source="", name="adaptive", options={**options, "levels": levels, "profile": profile, **target})
 
     def fields(self, positions: tuple[int, ...]) -> tuple[FieldRecord, ...]:
         """`logits/count`, ragged `logits/index` and `logits/gap`, and `logits/tail`."""
@@ -158,7 +164,7 @@ class Adaptive:
         ]
         if self.max_k > 1:
             most_falls = math.prod(positions) * (self.max_k - 1)
-            fields.append(gap_field(self.gap_range, (most_falls,), ("fall",), Lengths(field="logits/count", minus=1)))
+            fields.append(gap_field(self.gap_range, self.levels, (most_falls,), ("fall",), Lengths(field="logits/count", minus=1)))
         return (*fields, tail_field(self.temperatures, positions))
 
     @property
@@ -179,7 +185,7 @@ class Adaptive:
             low, high = (middle, high) if keeps_too_much else (low, middle)
         return Adaptive(
             max_k=self.max_k, num_classes=self.num_classes, temperature=self.temperature, mean_k=self.mean_k, kl=self.kl,
-            temperatures=self.temperatures, gap_range=self.gap_range, profile=self.keeps_profile,
+            temperatures=self.temperatures, gap_range=self.gap_range, levels=self.levels, profile=self.keeps_profile,
             calibration={"slope": math.exp(low if self.kl is not None else high)},
         )  # fmt: skip
 
@@ -193,13 +199,17 @@ class Adaptive:
             "logits/index": index.to(torch_dtype(smallest_unsigned(self.num_classes)[0])),
             "logits/tail": encode_masses(tail_masses(logits, index, self.temperatures, kept=kept)),
         }
-        return arrays | ({"logits/gap": encode_falls(values, self.gap_range)} if self.max_k > 1 else {})
+        return arrays | ({"logits/gap": encode_falls(values, self.gap_range, self.levels)} if self.max_k > 1 else {})
 
     def decode(self, arrays: Arrays) -> SoftTargets:
         """The arrays of any rows to soft targets; records that keep less than others are padded, see `SoftTargets`."""
         count, index = arrays["logits/count"].long(), arrays["logits/index"].long()
         kept = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
-        log_probs = decode_falls(arrays["logits/gap"], self.gap_range) if self.max_k > 1 else torch.zeros_like(index, dtype=torch.float32)
+        log_probs = (
+            decode_falls(arrays["logits/gap"], self.gap_range, self.levels)
+            if self.max_k > 1
+            else torch.zeros_like(index, dtype=torch.float32)
+        )
         return SoftTargets(
             log_probs=log_probs[..., : index.shape[-1]].masked_fill(~kept, -math.inf),
             index=torch.where(kept, index, index[..., :1]),
