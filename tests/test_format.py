@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+from numcodecs import Zstd
 from numpy.typing import NDArray
+from pcodec import standalone
 from stored import NUM_SAMPLES, NUM_VIEWS, codec, dump_noise
 from torch import Tensor
 
@@ -29,11 +31,13 @@ from kdcache.learning.datasets import image_key
 from kdcache.records import manifest as records
 from kdcache.records.hashing import canonical_json, sha256, stable_integer
 from kdcache.records.manifest import Block, BlockGrid, FieldRecord, FileRecord, Manifest, Probe, Provenance, Recipe, Statistics
+from kdcache.store.compact_backend import encode_records
 from kdcache.store.content import content_digest
 from kdcache.store.ledger import DumpPlan
 from kdcache.store.packing import pack
 from kdcache.targets.profile import ProfileSum, profile_field, profile_table
 from kdcache.targets.soft_targets import SoftTargets
+from kdcache.workflows.convert import convert
 
 Array = NDArray[Any]
 
@@ -330,6 +334,145 @@ def test_parquet_holds_the_same_records(name: str, caches: Callable[[str], Path]
         np.testing.assert_array_equal(np.stack(table[field.name].to_numpy()), plain_array(caches(name), field.name)[...])
     shared = [*(f"samples/s{s:05d}.parquet" for s in range(3)), *(f"tables/{field.name}.parquet" for field in tables)]
     assert [file.path for file in manifest.metadata_files] == shared
+
+
+def compact_file(data: bytes) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
+    """Section 7.1: the header, and by field its columns' coders and bytes."""
+    assert (data[:4], data) == (b"KDC1", checked(data[:-4]))
+    start = 8 + int.from_bytes(data[4:8], "little")
+    header, streams = json.loads(data[8:start]), {}
+    assert canonical_json(header) == data[8:start]
+    for name in sorted(header):
+        streams[name] = []
+        for coder, size in header[name]["streams"]:
+            streams[name].append((coder, data[start : start + size]))
+            start += size
+    assert start == len(data) - 4
+    return header, streams
+
+
+def compact_column(coder: str, data: bytes, dtype: str) -> Array:
+    """Section 7.3: a column's numbers."""
+    unsigned = f"<u{np.dtype(dtype).itemsize}"
+    numbers = np.frombuffer(Zstd().decode(data), unsigned) if coder == "zstd" else standalone.simple_decompress(data)
+    return np.asarray(numbers).astype(unsigned).view(dtype)
+
+
+def specified_classes(columns: list[Array], orders: Callable[[int], list[int]]) -> list[Array]:
+    """Section 7.4: places to classes, item by item."""
+    classes = [column.copy() for column in columns]
+    for item, top in enumerate(columns[0].tolist()):
+        left = [c for c in orders(top) if c != top]
+        for column in classes[1:]:
+            if item < len(column):
+                column[item] = left.pop(int(column[item]))
+    return classes
+
+
+def specified_codes(columns: list[Array], weights: list[list[int]], falls: list[list[int]]) -> list[Array]:
+    """Section 7.5: what is left of the masses to their codes, item by item."""
+    codes = [column.copy() for column in columns]
+    for i in reversed(range(len(columns))):
+        for item, f in enumerate(falls if weights[i] else ()):
+            features = [*f, *(fall * fall // 256 for fall in f)]
+            for m in (int(column[item]) for column in codes[i + 1 :]):
+                features += [m, m * m // 256, *(m * fall // 256 for fall in f[:4])]
+            total = sum(w * x for w, x in zip(weights[i], [*features, 1], strict=True))
+            codes[i][item] = (int(columns[i][item]) - 128 + min(max((total + 2**15) // 2**16, 0), 255)) % 256
+    return codes
+
+
+def compact_records(
+    data: bytes, fields: dict[str, FieldRecord], num_rows: int, orders: Callable[[int], list[int]] | None
+) -> dict[str, Array]:
+    """Section 7: the records in a file, flat; fields of counts first, `logits/tail` last."""
+    (header, streams), found = compact_file(data), {}
+    assert header.keys() == fields.keys()
+    for name in sorted(fields, key=lambda name: (name == "logits/tail", fields[name].lengths is not None)):
+        field = fields[name]
+        assert (header[name]["dtype"], tuple(header[name]["inner"])) == (field.dtype, field.inner)
+        columns = [compact_column(*stream, field.dtype) for stream in streams[name]]
+        if name == "logits/index" and orders:
+            columns = specified_classes(columns, orders)
+        if "weights" in header[name]:
+            gap = fields["logits/gap"]
+            if gap.lengths:
+                ends = np.cumsum(found["logits/count"].astype(int) - 1)
+                items = [part.tolist() for part in np.split(found["logits/gap"], ends[:-1])]
+                falls = [(item + [0] * 16)[:16] for item in items]
+            else:
+                falls = found["logits/gap"].reshape(-1, gap.inner[-1])[:, :16].tolist()
+            columns = specified_codes(columns, header[name]["weights"], falls)
+        if field.lengths:
+            lengths = found[field.lengths.field].ravel().astype(int) - field.lengths.minus
+            items = sorted(range(len(lengths)), key=lambda item: -lengths[item])
+            entries: list[list[Any]] = [[] for _ in lengths]
+            for column in columns:
+                for item, entry in zip(items, column, strict=False):
+                    entries[item].append(entry)
+            assert [len(item) for item in entries] == lengths.tolist()
+            found[name] = np.array([entry for item in entries for entry in item], field.dtype)
+        else:
+            found[name] = np.stack(columns, axis=-1).ravel()
+            assert len(found[name]) == math.prod(field.inner) * (num_rows if field.axes else 1)
+    return found
+
+
+def compact_orders(root: Path, fields: dict[str, FieldRecord]) -> Callable[[int], list[int]] | None:
+    """Section 7.4: the classes in the order of each top class."""
+    if "profile/log_prob" in fields:
+        profile = {"profile/log_prob": fields["profile/log_prob"]}
+        table = compact_records((root / "shared/profile/log_prob.kdc").read_bytes(), profile, 0, None)["profile/log_prob"]
+        rows = table.reshape(profile["profile/log_prob"].inner).tolist()
+        return lambda top: sorted(range(len(rows)), key=lambda c: (-rows[top][c], c))
+    if "logits/index" in fields:
+        header, streams = compact_file((root / "shared/order.kdc").read_bytes())
+        seen = compact_column(*streams["order"][0], "uint32").tolist()
+        assert (list(header), len(streams["order"]), header["order"]["count"]) == (["order"], 1, len(seen))
+        order = [*seen, *sorted(set(range(fields["logits/index"].attributes["num_classes"])) - set(seen))]
+        return lambda _: order
+    assert not (root / "shared/order.kdc").exists()
+    return None
+
+
+def test_compact_holds_the_same_records(cache: Cache, tmp_path: Path) -> None:
+    """The files of the layout `compact` are those of section 7: a decoder made from the page alone reads what kdcache reads."""
+    root = convert(cache.reader.root, tmp_path / "compact", layout="compact").path
+    reader, fields = Cache(root).reader, {field.name: field for field in cache.manifest.fields}
+    assert reader.manifest.content == cache.manifest.content
+    orders = compact_orders(root, fields)
+    paths = [f"shared/{name}.kdc" for name, field in fields.items() if not field.per_view]
+    assert {file.path for file in reader.manifest.metadata_files} - {"shared/order.kdc"} == set(paths)
+    for field in (field for field in fields.values() if not field.per_view):
+        found = compact_records((root / f"shared/{field.name}.kdc").read_bytes(), {field.name: field}, NUM_SAMPLES, None)
+        np.testing.assert_array_equal(found[field.name], np.asarray(plain_array(cache.reader.root, field.name)[...]).ravel())
+    of_records = {name: field for name, field in fields.items() if field.per_view}
+    for record in reader.manifest.blocks:
+        s, views = record.block.sample_block, range(*record.block.views)
+        assert [file.path for file in record.files] == [f"records/s{s:05d}.v{view:04d}.kdc" for view in views]
+        for file, view in zip(record.files, views, strict=True):
+            rows = record.block.samples[1] - record.block.samples[0]
+            found = compact_records((root / file.path).read_bytes(), of_records, rows, orders)
+            read = reader.records(list(of_records), sample_block=s, view=view)
+            for name, field in of_records.items():
+                np.testing.assert_array_equal(found[name], read[name].ravel())
+                np.testing.assert_array_equal(found[name], plain_records(cache.reader.root, field, block=record.block, view=view).ravel())
+
+
+@pytest.mark.parametrize(("spec", "classes"), [("topk,k=3", 30), ("topk,k=20", 30), ("adaptive,max_k=9", 30)])
+def test_format_restores_predicted_masses(spec: str, classes: int, teacher_logits: Callable[..., Tensor]) -> None:
+    """Section 7.5 gives back the masses of records that are many enough to be predicted."""
+    made = codec(spec, classes, **({"slope": 0.02} if spec.startswith("adaptive") else {}))
+    fields = {field.name: field for field in made.fields(())}
+    arrays = {name: array.numpy() for name, array in made.encode(teacher_logits(2100, classes), [0] * 2100).items()}
+    for name, field in fields.items():
+        if field.lengths:
+            lengths = arrays[field.lengths.field].astype(int) - field.lengths.minus
+            arrays[name] = arrays[name][np.arange(arrays[name].shape[1]) < lengths[:, None]]
+    data = encode_records(arrays, list(fields.values()), None)
+    assert all(compact_file(data)[0]["logits/tail"]["weights"])
+    for name, found in compact_records(data, fields, 2100, None).items():
+        np.testing.assert_array_equal(found, arrays[name].ravel())
 
 
 def field_named(manifest: Manifest, name: str) -> FieldRecord:

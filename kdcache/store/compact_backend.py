@@ -188,8 +188,8 @@ def decode_order(data: bytes, index: FieldRecord) -> ClassOrder:
         FormatError: The bytes are no such order.
     """
     header, streams = _parsed(data)
-    count, num_classes = header.get(ORDER, {}).get("count"), index.attributes["num_classes"]
-    if not (type(count) is int and 0 <= count <= num_classes and len(streams[ORDER]) == 1):
+    count, num_classes = header.get(ORDER, {}).get("count"), index.attributes.get("num_classes")
+    if not (type(count) is type(num_classes) is int and 0 <= count <= num_classes and len(streams[ORDER]) == 1):
         raise FormatError(f"expected one stream of at most {num_classes} classes, found {header}")
     return _order_of(decode_stream(*streams[ORDER][0], np.dtype("<u4"), count), index)
 
@@ -278,8 +278,9 @@ def _restore(columns: list[NDArray[Any]], weights: object, falls: NDArray[np.uin
 
 
 def _are_weights(weights: object, count: int) -> bool:
-    is_list = isinstance(weights, list) and len(weights) == count
-    return is_list and all(type(weight) is int and abs(weight) <= 2**31 for weight in weights)
+    if not isinstance(weights, list) or len(weights) != count:
+        return False
+    return all(type(weight) is int and abs(weight) <= 2**31 for weight in weights)
 
 
 def _file(header: Header, streams: Mapping[str, Sequence[NDArray[Any]]]) -> bytes:
