@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from stored import NUM_SAMPLES, NUM_VIEWS, dump_noise, tree
 
 from kdcache.learning.cache import Cache
-from kdcache.records.errors import CacheBusyError, CacheNotFoundError, ConfigError, ExistsError, IntegrityError
+from kdcache.records.errors import CacheBusyError, ConfigError, ExistsError, IncompleteCacheError, IntegrityError
 from kdcache.records.manifest import MANIFEST_NAME
 from kdcache.store.files import exclusive_lock
 from kdcache.store.reader import CacheReader
@@ -277,7 +277,7 @@ def test_a_damaged_source_is_refused(folder: Path, tmp_path: Path) -> None:
         (source / path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         refused = kdcache("convert", source, f"out{number}", "--format", "parquet", cwd=tmp_path, exits=3)
         assert path in refused.stderr
-        assert "no cache at" in kdcache("info", f"out{number}", cwd=tmp_path, exits=2).stderr
+        assert "the conversion into" in kdcache("info", f"out{number}", cwd=tmp_path, exits=3).stderr
 
 
 def test_records_that_the_manifest_does_not_mean_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_records_that_the_manifest_does_not_mean_are_refused(folder: Path, tmp_p
     with pytest.raises(IntegrityError, match="label"):
         convert(source, tmp_path / "labels", layout="parquet")
     for name in ("blocks", "labels"):
-        with pytest.raises(CacheNotFoundError):
+        with pytest.raises(IncompleteCacheError):
             CacheReader(tmp_path / name)
 
 
@@ -345,7 +345,7 @@ def test_a_killed_conversion_is_no_cache_and_ends_in_the_same_bytes(folder: Path
     command = [sys.executable, "-c", KILLED, folder / "topk", out, str(num_blocks)]
     assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
     assert (out / "records").exists()
-    with pytest.raises(CacheNotFoundError):
+    with pytest.raises(IncompleteCacheError, match="run the same `kdcache convert"):
         CacheReader(out)
     begun = Path(shutil.copytree(out / ".convert", tmp_path / "begun"))
     kdcache("convert", folder / "topk", out, "--format", "parquet", cwd=tmp_path)

@@ -228,7 +228,7 @@ def test_no_record_is_measured_with_a_profile_that_knows_it(planned: Any) -> Non
     """Where every record has a top class of its own the profile says nothing of it; where many are alike it says much."""
     alone, alike = (planned(samples=samples, codecs=["topk,k=1"]).codecs[0] for samples in (NUM_CLASSES, NUM_SAMPLES))
     assert alike.kl_tail == {"1": "profile", "2": "profile", "4": "profile"}
-    assert alike.kl["4"] < 0.1 < 0.15 < alone.kl["4"]
+    assert alike.kl["4"] < 0.8 * alone.kl["4"]
 
 
 def test_bound_and_budget_decide(planned: Any) -> None:

@@ -56,6 +56,7 @@ def info(cache: Path) -> CacheInfo:
 
     Raises:
         CacheNotFoundError: There is neither.
+        IncompleteCacheError: It is a conversion that is not finished.
         FormatError: Not a manifest of a known version.
         IntegrityError: The manifest is damaged.
     """
@@ -64,7 +65,8 @@ def info(cache: Path) -> CacheInfo:
         manifest = read_manifest(cache)
     except IncompleteCacheError:
         begun = read_plan(cache)
-        assert begun is not None
+        if begun is None:  # a conversion, which has no blocks to tell of
+            raise
         plan, done = begun
         recipe, grid = plan.recipe, plan.grid
     else:

@@ -51,20 +51,20 @@ def embedded_logits() -> torch.Tensor:
     return logits
 
 
-def codec_row(title: str, codec: Codec, logits: torch.Tensor) -> str:
+def codec_row(title: str, text: str, codec: Codec, logits: torch.Tensor) -> str:
     """Mapped and compact bytes of records of these logits, without tables and keys, and the KL that coding adds."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         manifest = make_store(root / "mapped", codec, iter([logits]), num_blocks=1, num_rows=len(logits))
         packed = convert(root / "mapped", root / "compact", layout="compact").manifest
     mapped, compact = (sum(file.size_bytes for block in made.blocks for file in block.files) / len(logits) for made in (manifest, packed))
-    tables = sum(file.size_bytes for file in packed.metadata_files if file.path.startswith("orders"))
+    tables = sum(file.size_bytes for file in packed.metadata_files if "profile" in file.path or "order" in file.path)
     few = logits[:2048]
     soft = codec.decode(codec.encode(few, range(len(few))))
     added = ", ".join(f"{added_kl(few, soft, t):.1e}" for t in TEMPERATURES) if soft.sampled_at is None else "unbiased"
     entries = manifest.statistics.entries
     return (
-        f"{title} | `{codec.spec.name}` {entries:.4g} | {mapped:.2f} | {compact:.2f} | {mapped / entries:.2f} | {compact / entries:.2f} |"
+        f"{title} | `{text}` | {entries:.4g} | {mapped:.2f} | {compact:.2f} | {mapped / entries:.2f} | {compact / entries:.2f} |"
         f" {tables:,} | {added}"
     )
 
@@ -74,13 +74,23 @@ def rows() -> Iterator[str]:
     real = embedded_logits()
     for text in ("topk,k=5", "adaptive,mean_k=3", "dense,dtype=uint8", "dense"):
         codec = make_codec(Spec.parse(text), num_classes=10).calibrated(real)
-        yield codec_row("embedded teacher, 10 classes", codec, real)
+        yield codec_row("embedded teacher, 10 classes", text, codec, real)
     logits = next(realistic_blocks(1))
-    for text in ("topk,k=10", "topk,k=16", "topk,k=32", "topk,k=100", "topk,k=16,values=float16", "adaptive,mean_k=10", "sampled,draws=50"):
+    for text in (
+        "topk,k=10",
+        "topk,k=16",
+        "topk,k=16,levels=96",
+        "topk,k=32",
+        "topk,k=100",
+        "topk,k=16,values=float16",
+        "adaptive,mean_k=10",
+        "sampled,draws=50",
+    ):
         codec = make_codec(Spec.parse(text), num_classes=1000).calibrated(logits[:2048])
-        yield codec_row(f"realistic, 1000 classes, {ROWS:,} records", codec, logits)
+        yield codec_row(f"realistic, 1000 classes, {ROWS:,} records", text, codec, logits)
     tokens = realistic_logits(4096, 128_000, chunk=512)[0]
-    yield codec_row("tokens, 128,000 classes, 4,096 records", make_codec(Spec.parse("topk,k=64"), num_classes=128_000), tokens)
+    codec = make_codec(Spec.parse("topk,k=64"), num_classes=128_000)
+    yield codec_row("tokens, 128,000 classes, 4,096 records", "topk,k=64", codec, tokens)
 
 
 def peers() -> Iterator[str]:
@@ -108,7 +118,7 @@ def main() -> None:
     """Prints the tables."""
     print(machine())
     table(
-        "logits|codec, entries|mapped B a record|compact B a record|mapped B an entry|compact B an entry|order table, B|KL that coding adds at T=1, 2, 4",
+        "logits|codec|entries|mapped B a record|compact B a record|mapped B an entry|compact B an entry|table that gives the order, B|KL that coding adds at T=1, 2, 4",
         rows(),
     )
     table("other layouts, B an entry|k=10|k=16|k=32|k=100", peers())
