@@ -297,6 +297,14 @@ def test_records_that_the_manifest_does_not_mean_are_refused(folder: Path, tmp_p
             CacheReader(tmp_path / name)
 
 
+@pytest.mark.parametrize("layout", ["compact", "hdf5"])
+def test_a_dump_refuses_layouts_that_it_cannot_write(layout: str, tmp_path: Path) -> None:
+    """The compact layout needs all records to begin with, so a dump into it, or into none, is a ConfigError and leaves nothing."""
+    with pytest.raises(ConfigError, match="expected a layout of zarr, parquet"):
+        dump_noise(tmp_path, codec="topk,k=5", num_classes=300, layout=layout)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_wrong_requests_are_refused(folder: Path, tmp_path: Path) -> None:
     """An unknown format and a missing source exit 2 and leave nothing behind; from Python an unknown layout is a ConfigError."""
     assert "'hdf5' is not one of" in kdcache("convert", folder / "topk", "out", "--format", "hdf5", cwd=tmp_path, exits=2).stderr

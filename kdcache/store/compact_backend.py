@@ -75,7 +75,8 @@ class CompactBackend:
     def write_block(
         self, root: Path, fields: Sequence[FieldRecord], grid: BlockGrid, block: Block, arrays: BlockArrays
     ) -> tuple[FileRecord, ...]:
-        """Writes a block's files, each one atomically."""
+        """Writes a block's files, each one atomically. To be called after `learn`: readers will take the classes for places."""
+        assert self._order is not None or INDEX not in self._fields, "the order of classes must be learned first"
         views = [{field.name: arrays[field.name][number] for field in fields} for number in range(block.views[1] - block.views[0])]
         return tuple(
             write_record(root, _records_path(block.sample_block, view), encode_records(records, fields, self._order))

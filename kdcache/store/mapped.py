@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from kdcache.records.errors import FormatError
 from kdcache.records.manifest import BlockGrid, FieldRecord
 from kdcache.store.packing import SLACK, packed_bytes, unpack, unpack_rows, word_type
+from kdcache.store.ragged import record_lengths
 from kdcache.store.windows import Window
 from kdcache.store.zarr_backend import CRC_BYTES, chunk_bytes, piece_bytes, piece_entries, row_bytes, shard_bytes
 
 Indices = NDArray[np.int64]
-OpenChunk = Callable[[FieldRecord, int, int], Any]
 
 GROUP = 16
 """Counts between two offsets that are held in memory: half a byte a record, and sixteen counts to add up for one."""
@@ -101,10 +101,8 @@ class MappedRagged:
             FormatError: They contradict each other.
         """
         counts = self.counts.index(place, num_rows=num_rows)
-        most = self.field.inner[0] // self.counts.items_a_row
-        if counts.size and not (counts.min() >= max(self.minus, 1) and counts.max() - self.minus <= most):
-            raise FormatError(f"expected 1 to {most + self.minus} entries a record, found {counts.min()} to {counts.max()}")
-        expected = shard_bytes(self.field, self.grid, int(counts.sum()) - self.minus * len(counts))
+        lengths = record_lengths(self.field, counts.reshape(num_rows, self.counts.items_a_row))
+        expected = shard_bytes(self.field, self.grid, int(lengths.sum()))
         if size != expected:
             raise FormatError(f"the counts of {self.field.name} make {expected} bytes, found {size}")
 

@@ -15,6 +15,7 @@ from kdcache.records.manifest import MANIFEST_NAME, FieldRecord, FileRecord, Man
 from kdcache.store.backends import make_backend
 from kdcache.store.ledger import CONVERT_FOLDER, read_plan
 from kdcache.store.mapped import MappedCounts, MappedField, MappedRagged, gather_ragged
+from kdcache.store.ragged import record_lengths
 from kdcache.store.windows import Window
 from kdcache.store.zarr_backend import chunk_bytes, chunk_path
 
@@ -292,9 +293,8 @@ class _Decoded:
             kept |= self._reader.records([field.name for field in missing], sample_block=sample_block, view=view)
             for field in missing:
                 if field.lengths:
-                    lengths = kept[field.lengths.field].reshape(len(kept[field.lengths.field]), -1).astype(np.int64) - field.lengths.minus
-                    ends = np.cumsum(lengths.sum(axis=1))
-                    kept[f"{field.name} starts"] = ends - lengths.sum(axis=1)
+                    lengths = record_lengths(field, kept[field.lengths.field])
+                    kept[f"{field.name} starts"] = np.cumsum(lengths) - lengths
             self._forget()
         return kept
 

@@ -55,6 +55,8 @@ SMALLEST_BLOCKS = 4
 """A small set is cut into at least this many sample ranges, so that a killed dump does not begin from nothing …"""
 FEWEST_ROWS = 4096
 """… unless they would be smaller than this."""
+DUMP_LAYOUTS = ("zarr", "parquet")
+"""The compact layout is learned from all records, so it is made of a cache that is there already."""
 VIEWS_IN_A_BLOCK = 4
 """Views made from one decoded sample."""
 
@@ -115,6 +117,7 @@ def dump(
 
     Raises:
         SpecError: Unknown dataset, pipeline or codec.
+        ConfigError: A number is out of its range, or a dump cannot write this layout.
         CheckpointError: The teacher cannot be loaded.
         MismatchError: Teacher and dataset have different class counts, or a label is no class.
         CacheBusyError: Another process dumps there.
@@ -122,6 +125,10 @@ def dump(
         TeacherError: The teacher gave NaN, infinity or a wrong shape; the sample is named, its block not written.
     """
     progress = progress or Silent()
+    if layout not in DUMP_LAYOUTS:
+        raise ConfigError(
+            f"expected a layout of {', '.join(DUMP_LAYOUTS)}, found {layout!r}; `kdcache convert` makes others of a whole cache"
+        )
     running, loaded = open_teacher(
         teacher, data, arch=arch, augment=augment, seed=seed, batch_size=batch_size, precision=precision, device=device
     )
