@@ -1,7 +1,9 @@
 """The teacher's answer to a batch, as a student meets it: kept classes, their log-probabilities, the mass of the rest."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Self
 
 import torch
@@ -61,6 +63,13 @@ class SoftTargets:
             index=None if self.index is None else self.index.to(device),
             tail_mass=None if self.tail_mass is None else self.tail_mass.to(device),
         )
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Consecutive parts of so many records; the last one may be smaller."""
+        index = repeat(None) if self.index is None else torch.split(self.index, size)
+        tail_mass = repeat(None) if self.tail_mass is None else torch.split(self.tail_mass, size)
+        for log_probs, kept, mass in zip(torch.split(self.log_probs, size), index, tail_mass, strict=False):
+            yield replace(self, log_probs=log_probs, index=kept, tail_mass=mass)
 
     @property
     def top1(self) -> Int64[Tensor, "*batch"]:
