@@ -10,8 +10,9 @@ import torch
 from stored import NUM_SAMPLES, LinearTeacher, Noise, dump_noise, tree
 from torch import Tensor
 
-from kdcache.learning.datasets import image_key, wrap_dataset
+from kdcache.learning.datasets import wrap_dataset
 from kdcache.learning.loader import to_unit_range
+from kdcache.learning.sources.source import sample_key
 from kdcache.learning.views import make_views
 from kdcache.records.errors import TeacherError
 
@@ -24,7 +25,7 @@ def seen_image(row: int, view: int) -> Tensor:
     dataset = wrap_dataset(Noise(NUM_CLASSES))
     views = make_views("crop-flip", seed=0, image_shape=(3, 8, 8))
     key = dataset.keys[row].tobytes()
-    assert key == image_key(dataset[row][0])
+    assert key == sample_key(dataset[row][0])
     pixels = [views(dataset[row][0], key, number) for number in range(view + 1)]
     assert not any(torch.equal(pixels[view], other) for other in pixels[:view])
     return to_unit_range(pixels[view][None], torch.device("cpu"))[0]

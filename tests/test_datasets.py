@@ -12,7 +12,9 @@ from torch.utils.data import Subset
 from torchvision.datasets import FakeData
 
 from kdcache.learning import datasets
-from kdcache.learning.datasets import Dataset, as_image_tensor, image_key, open_dataset, wrap_dataset
+from kdcache.learning.datasets import Dataset, open_dataset, wrap_dataset
+from kdcache.learning.sources.checked import as_sample_tensor
+from kdcache.learning.sources.source import sample_key
 from kdcache.records.errors import KdcacheError, MismatchError, SpecError
 from kdcache.records.specs import Spec
 
@@ -83,14 +85,14 @@ def test_keys_follow_the_samples_into_any_order(held_out: Dataset) -> None:
 def test_a_key_is_its_pixels_and_shape(held_out: Dataset) -> None:
     """Equal pixels have equal keys, whatever holds them; one other bit or another shape gives another key."""
     image = held_out[0][0]
-    assert image_key(image) == held_out.keys[0].tobytes()
-    assert image_key(as_image_tensor(Image.fromarray(image[0].numpy()))) == image_key(image)
-    assert image_key(image.transpose(1, 2).contiguous().transpose(1, 2)) == image_key(image)
+    assert sample_key(image) == held_out.keys[0].tobytes()
+    assert sample_key(as_sample_tensor(Image.fromarray(image[0].numpy()))) == sample_key(image)
+    assert sample_key(image.transpose(1, 2).contiguous().transpose(1, 2)) == sample_key(image)
     changed = image.clone()
     changed[0, 3, 4] ^= 1
-    assert image_key(changed) != image_key(image)
-    assert image_key(image.reshape(1, 14, 56)) != image_key(image)
-    assert image_key(torch.arange(12, dtype=torch.uint8).reshape(1, 3, 4)).hex() == "e838942313dba575cfb6e0f0980356d2"
+    assert sample_key(changed) != sample_key(image)
+    assert sample_key(image.reshape(1, 14, 56)) != sample_key(image)
+    assert sample_key(torch.arange(12, dtype=torch.uint8).reshape(1, 3, 4)).hex() == "e838942313dba575cfb6e0f0980356d2"
 
 
 def test_a_list_of_pairs_is_a_dataset() -> None:
@@ -156,7 +158,7 @@ def test_palette_images_are_not_taken_for_grey() -> None:
     """An image with a palette gives its colours, or is refused; the numbers of its palette are no pixels."""
     image = Image.new("RGB", (4, 4), "red").convert("P", palette=Image.Palette.ADAPTIVE)
     try:
-        tensor = as_image_tensor(image)
+        tensor = as_sample_tensor(image)
     except KdcacheError:
         return
     assert tensor[:, 0, 0].tolist() == [255, 0, 0]
@@ -181,8 +183,8 @@ def test_code_is_run_for_the_user_only() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cifar", "unknown dataset 'cifar'; expected one of: fashion-mini, torchvision:NAME,root=DIR, py:MODULE:FUNCTION"),
-        ("folder:/data", "unknown dataset 'folder:/data'"),
+        ("cifar", "unknown dataset 'cifar'; expected one of: fashion-mini, folder:PATH, torchvision:NAME,root=DIR, hf:NAME,"),
+        ("folders:/data", "unknown dataset 'folders:/data'"),
         ("fashion-mini,split=val", "no split 'val' of 'fashion-mini'; expected train or test"),
         ("fashion-mini,root=/data", "unknown option root; fashion-mini takes: split"),
         ("torchvision:CIFAR11,root=x", "torchvision has no dataset 'CIFAR11'"),

@@ -1,169 +1,152 @@
-"""Datasets by spec: embedded ones, `torchvision:NAME`, `py:module:function`; and any map-style dataset of one's own.
+"""Datasets by spec: embedded ones, `folder:`, `torchvision:`, `hf:`, `parquet:`, `csv:`, `py:`; and any map-style dataset of one's own.
 
-A dataset gives decoded uint8 images, integer labels and content-derived sample keys. It knows nothing of caches.
+A dataset gives decoded samples, integer labels and content-derived sample keys. It knows nothing of caches.
 """
 
-import hashlib
-import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import torchvision
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from torch import Tensor
-from torchvision.transforms.v2 import functional
+from torch.utils.data import IterableDataset
 
-from kdcache.data import EMBEDDED_DATASETS, load_embedded
+from kdcache.data import EMBEDDED_DATASETS
 from kdcache.learning.models import load_python_object
-from kdcache.records.errors import MismatchError, SpecError
+from kdcache.learning.sources.checked import CheckedSource, without_skipped, without_unreadable
+from kdcache.learning.sources.embedded import Embedded
+from kdcache.learning.sources.folders import FolderSource, held_out_folder
+from kdcache.learning.sources.huggingface import held_out_saved, is_saved, open_huggingface
+from kdcache.learning.sources.source import Keys, Labels, MapDataset, Rows, Sample, Selection
+from kdcache.learning.sources.tables import open_table
+from kdcache.learning.sources.vision import held_out_vision, open_vision
+from kdcache.records.errors import MismatchError, SpecError, UnreadableSampleError
 from kdcache.records.hashing import sha256
-from kdcache.records.manifest import DatasetRecord
+from kdcache.records.manifest import DatasetRecord, SkippedSample
+from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
 
-KEY_BYTES = 16
-LOCATION_OPTIONS = ("root", "download")
-"""Options that say where a dataset lies on this machine, not which dataset it is: no part of a recipe."""
+IN_MEMORY = "memory"
+"""The name of a dataset that was handed over as an object."""
 
+LOCATION_OPTIONS = ("root", "download", "tokenizer")
+"""Options that say where a dataset lies on this machine, not which dataset it is: no part of a recipe. (Tokens are in the keys.)"""
 
-UNSAFE_DATASETS = ("LSUN", "LSUNClass")
-"""Torchvision datasets that unpickle a file without comparing its digest first."""
+PLACELESS_NAMES = {"csv": "table", "folder": "images", "hf": "saved", "parquet": "table"}
+"""What a recipe says in place of a path, by source."""
 
-
-class MapDataset(Protocol):
-    """What PyTorch calls a map-style dataset of (image, label) pairs."""
-
-    def __len__(self) -> int:
-        """How many samples there are."""
-
-    def __getitem__(self, index: int, /) -> Any:
-        """(image, label): a PIL image or a uint8 tensor [channels, height, width], and an integer."""
+KINDS = (
+    *EMBEDDED_DATASETS, "folder:PATH", "torchvision:NAME,root=DIR", "hf:NAME", "parquet:FILE", "csv:FILE", "py:MODULE:FUNCTION",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """A classification set with stable sample keys."""
 
-    source: MapDataset
+    source: CheckedSource
     """Where the samples come from."""
 
     spec: Spec
-    """How it was named; `memory` for a dataset that was handed over as an object."""
+    """How it was named; `IN_MEMORY` for a dataset that was handed over as an object."""
 
     num_classes: int
     """How many classes it tells apart."""
 
+    skipped: tuple[SkippedSample, ...] = ()
+    """Samples that were left out because they cannot be read."""
+
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "channels height width"], int]:
-        image, label = self.source[index]
-        return as_image_tensor(image), int(label)
+    def __getitem__(self, index: int) -> tuple[Sample, int]:
+        return self.source[index]
 
     @cached_property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of the first sample: (channels, height, width), (features,) or (length,)."""
+        return tuple(self[0][0].shape)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the first sample."""
-        channels, height, width = self[0][0].shape
+        """Channels, height and width of the first sample.
+
+        Raises:
+            MismatchError: The samples are no images.
+        """
+        if len(self.sample_shape) != 3:
+            raise MismatchError(f"{self.spec}: expected images, found samples of shape {list(self.sample_shape)}")
+        channels, height, width = self.sample_shape
         return channels, height, width
 
-    @property
-    def keys(self) -> NDArray[np.uint8]:
-        """The sample keys, [samples, 16]: a digest of the decoded pixels, so a copied or re-sorted set has the same ones.
+    @cached_property
+    def keys(self) -> Keys:
+        """The sample keys, [samples, 16]: a digest of the content, so a copied or re-sorted set has the same ones.
 
-        Samples with equal pixels have equal keys, and so equal views and soft labels.
+        It is a digest of the encoded file where the source knows it, else of the decoded sample. Equal samples have equal keys,
+        and so equal views and soft labels.
         """
-        return self._scan[0]
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The dataset's own labels, [samples]."""
-        return self._scan[1]
+        return self.source.sample_keys(self._rows)
 
     @cached_property
-    def _scan(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Keys and labels of all samples: each is read once."""
-        keys, labels = np.empty((len(self), KEY_BYTES), np.uint8), np.empty(len(self), np.int64)
-        for row in range(len(self)):
-            image, labels[row] = self[row]
-            keys[row] = np.frombuffer(image_key(image), np.uint8)
-        return keys, labels
+    def labels(self) -> Labels:
+        """The dataset's own labels, [samples]."""
+        return self.source.sample_labels(self._rows)
+
+    def name_of(self, row: int) -> str:
+        """How messages call a sample: its file, or `row N`."""
+        return self.source.sample_name(row)
+
+    def subset(self, rows: Sequence[int] | Rows) -> "Dataset":
+        """Some of the samples, in this order."""
+        return replace(self, source=CheckedSource(Selection(self.source, np.asarray(rows, np.int64))))
+
+    def without(self, rows: Sequence[int] | Rows) -> "Dataset":
+        """All samples but some, in order."""
+        return self.subset(np.setdiff1d(self._rows, np.asarray(rows, np.int64)))
 
     def record(self) -> DatasetRecord:
         """What a recipe says of this dataset: nothing about where it lies."""
-        spec = str(self.spec.without_options(*LOCATION_OPTIONS))
-        return DatasetRecord(spec=spec, num_samples=len(self), sha256=sha256(self.keys.tobytes()))
+        return DatasetRecord(spec=str(_placeless(self.spec)), num_samples=len(self), sha256=sha256(self.keys.tobytes()))
+
+    @property
+    def _rows(self) -> Rows:
+        return np.arange(len(self))
 
 
-def image_key(image: UInt8[Tensor, "channels height width"]) -> bytes:
-    """The 16-byte key of a decoded image: BLAKE2b over its shape and its pixels in row-major order."""
-    digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=KEY_BYTES)
-    digest.update(image.contiguous().numpy().tobytes())
-    return digest.digest()
-
-
-def as_image_tensor(image: Any) -> UInt8[Tensor, "channels height width"]:
-    """A decoded sample as a uint8 tensor [channels, height, width].
-
-    Raises:
-        MismatchError: It is neither a PIL image nor such a tensor.
-    """
-    if not isinstance(image, Tensor):
-        if getattr(image, "mode", None) in ("P", "PA"):
-            image = image.convert("RGB")  # the numbers of a palette are no pixels
-        try:
-            image = functional.pil_to_tensor(image)
-        except TypeError as error:
-            raise MismatchError(f"expected a PIL image or a uint8 tensor as a sample, found {type(image).__name__}") from error
-    if image.dtype != torch.uint8 or image.ndim != 3:
-        raise MismatchError(
-            f"expected samples as uint8 [channels, height, width], found {image.dtype} {list(image.shape)};"
-            " give the dataset without transforms: kdcache augments and scales"
-        )
-    tensor: Tensor = image.as_subclass(Tensor)
-    return tensor
-
-
-def wrap_dataset(source: MapDataset, *, num_classes: int | None = None) -> Dataset:
+def wrap_dataset(source: MapDataset, *, num_classes: int | None = None, skipped: Sequence[SkippedSample] = ()) -> Dataset:
     """A map-style dataset object of one's own.
 
     Args:
-        source: Gives (image, label) pairs, before any random transform.
+        source: Gives (sample, label) pairs, before any random transform.
         num_classes: Taken from `source.classes`, else from the labels, when None.
+        skipped: Samples to leave out, as a dump left them out.
     """
-    dataset = Dataset(source=source, spec=Spec(source="", name="memory"), num_classes=num_classes or 0)
-    _require_samples(dataset)
-    return dataset if num_classes else replace(dataset, num_classes=_count_classes(dataset))
+    return _make_dataset(source, Spec(source="", name=IN_MEMORY), num_classes=num_classes, skipped=skipped)
 
 
-def open_dataset(spec: Spec, *, trusted: bool) -> Dataset:
+def open_dataset(
+    spec: Spec, *, trusted: bool, skip_unreadable: bool = False, skipped: Sequence[SkippedSample] = (), progress: Progress | None = None
+) -> Dataset:
     """Opens the dataset that a spec names.
 
     Args:
-        spec: `fashion-mini[,split=test]`, `torchvision:NAME,root=DIR[,train=False][,download=True]` or `py:MODULE:FUNCTION`.
-        trusted: Whether the user typed the spec; `py:` runs code, so one that was read from a file is refused.
+        spec: `fashion-mini[,split=test]`, `folder:PATH[,split=NAME]`, `torchvision:NAME,root=DIR[,train=False][,download=True]`,
+            `hf:NAME[,…]`, `parquet:FILE[,…]`, `csv:FILE[,…]` or `py:MODULE:FUNCTION`. A path with a comma cannot be said: link to it.
+        trusted: Whether the user typed the spec. One that was read from a file opens local files only: no `py:`, which runs code,
+            and nothing from a network.
+        skip_unreadable: Whether to read every sample now and to leave out those that cannot be read.
+        skipped: Samples to leave out, as a dump left them out.
+        progress: Told how far the reading is.
 
     Raises:
         SpecError: No such dataset, or its files are not there.
+        UnreadableSampleError: A sample had to be read and cannot be.
     """
-    if spec.source == "" and spec.name in EMBEDDED_DATASETS:
-        spec.reject_unknown_options("split")
-        source: object = _Embedded(spec)
-    elif spec.source == "torchvision":
-        source = _open_torchvision(spec if trusted else _only_reading(spec))
-    elif spec.source == "py":
-        source = load_python_object(spec, trusted=trusted, option="--data")
-    else:
-        known = ", ".join([*EMBEDDED_DATASETS, "torchvision:NAME,root=DIR", "py:MODULE:FUNCTION"])
-        raise SpecError(f"unknown dataset {str(spec)!r}; expected one of: {known}")
-    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
-        raise SpecError(f"{spec}: expected a map-style dataset (with a length and an index), found {type(source).__name__}")
-    dataset = Dataset(source=cast(MapDataset, source), spec=spec, num_classes=0)
-    _require_samples(dataset)
-    return replace(dataset, num_classes=_count_classes(dataset))
+    source = _open_source(spec, trusted=trusted)
+    return _make_dataset(source, spec, skip_unreadable=skip_unreadable, skipped=skipped, progress=progress or Silent())
 
 
 def held_out_split(spec: Spec) -> Spec | None:
@@ -171,68 +154,86 @@ def held_out_split(spec: Spec) -> Spec | None:
     if spec.source == "" and spec.name in EMBEDDED_DATASETS:
         return spec.with_options(split="test")
     if spec.source == "torchvision":
-        dataset = _torchvision_class(spec)
-        parameters = inspect.signature(dataset).parameters
-        if "train" in parameters:
-            return spec.with_options(train=False)
-        if "split" in parameters:
-            return spec.with_options(split="val" if spec.name in ("ImageNet", "Places365", "Imagenette") else "test")
-    return None
+        return held_out_vision(spec)
+    if spec.source == "folder":
+        return held_out_folder(spec)
+    return held_out_saved(spec) if spec.source == "hf" else None
 
 
-class _Embedded:
-    """One split of an embedded dataset, in memory."""
-
-    def __init__(self, spec: Spec) -> None:
-        split = str(spec.options.get("split", "train"))
-        images, labels, self.classes = load_embedded(spec.name, split)
-        self._images = torch.from_numpy(images)
-        self.targets = labels
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._images[index], int(self.targets[index])
-
-
-def _only_reading(spec: Spec) -> Spec:
-    """A spec that came from a cache may look at files that are there, and do nothing else.
+def with_absolute_paths(spec: Spec) -> Spec:
+    """The same dataset from any folder of this machine.
 
     Raises:
-        SpecError: Opening this dataset unpickles files or fetches them from a network.
+        SpecError: The path has a comma in it, which a spec cannot say.
     """
-    if spec.name in UNSAFE_DATASETS:
-        raise SpecError(f"{spec} was read from a file and opening it may run code; if you trust it, type it yourself: --data {spec}")
-    return spec.without_options("download")
+    for option in ("root", "tokenizer"):
+        value = spec.options.get(option)
+        if value is not None and (option == "root" or Path(str(value)).is_file()):
+            spec = spec.with_options(**{option: str(Path(str(value)).absolute())})
+    if not _names_a_path(spec):
+        return spec
+    path = str(Path(spec.name).expanduser().absolute())
+    if "," in path:
+        raise SpecError(f"{spec}: a path with a comma cannot be said in a spec; make a link to {path} that has none")
+    return replace(spec, name=path)
 
 
-def _torchvision_class(spec: Spec) -> Any:
-    dataset = getattr(torchvision.datasets, spec.name, None)
-    if not isinstance(dataset, type) or spec.name not in torchvision.datasets.__all__:
-        raise SpecError(f"{spec}: torchvision has no dataset {spec.name!r}")
-    return dataset
+def _names_a_path(spec: Spec) -> bool:
+    return is_saved(spec) if spec.source == "hf" else spec.source in PLACELESS_NAMES
 
 
-def _open_torchvision(spec: Spec) -> object:
-    dataset = _torchvision_class(spec)
-    if "root" not in spec.options:
-        raise SpecError(f"{spec}: say where the files are: {spec},root=DIR")
-    try:
-        return dataset(**spec.options)
-    except (RuntimeError, OSError) as error:
-        offered = "download" in inspect.signature(dataset).parameters and not spec.options.get("download")
-        advice = f". On a machine with a network: {spec.with_options(download=True)}" if offered else ""
-        raise SpecError(f"{spec}: {str(error).rstrip('.')}{advice}") from error
-    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
-        raise SpecError(f"{spec}: {error}") from error
+def _placeless(spec: Spec) -> Spec:
+    named = replace(spec, name=PLACELESS_NAMES[spec.source]) if _names_a_path(spec) else spec
+    return named.without_options(*LOCATION_OPTIONS)
 
 
-def _require_samples(dataset: Dataset) -> None:
-    if len(dataset) == 0:
-        raise SpecError(f"{dataset.spec}: the dataset is empty")
+def _open_source(spec: Spec, *, trusted: bool) -> Any:
+    if spec.source == "" and spec.name in EMBEDDED_DATASETS:
+        return Embedded(spec)
+    if spec.source == "folder":
+        return FolderSource(spec)
+    if spec.source == "torchvision":
+        return open_vision(spec, trusted=trusted)
+    if spec.source == "hf":
+        return open_huggingface(spec, trusted=trusted)
+    if spec.source in ("csv", "parquet"):
+        return open_table(spec)
+    if spec.source == "py":
+        return load_python_object(spec, trusted=trusted, option="--data")
+    raise SpecError(f"unknown dataset {str(spec)!r}; expected one of: {', '.join(KINDS)}")
 
 
-def _count_classes(dataset: Dataset) -> int:
-    classes: Sequence[object] | None = getattr(dataset.source, "classes", None)
-    return len(classes) if classes is not None else int(dataset.labels.max()) + 1
+def _make_dataset(
+    source: Any,
+    spec: Spec,
+    *,
+    num_classes: int | None = None,
+    skip_unreadable: bool = False,
+    skipped: Sequence[SkippedSample] = (),
+    progress: Progress | None = None,
+) -> Dataset:
+    _require_map_style(source, spec)
+    checked = CheckedSource(source)
+    kept, left_out = without_unreadable(checked, progress or Silent()) if skip_unreadable else without_skipped(checked, skipped)
+    if len(kept) == 0:
+        raise SpecError(f"{spec}: {'no sample of the dataset can be read' if left_out else 'the dataset is empty'}")
+    checked = CheckedSource(kept) if left_out else checked
+    with suppress(UnreadableSampleError):
+        checked[0]  # a set of another kind is refused before anything else is made of it
+    return Dataset(source=checked, spec=spec, num_classes=num_classes or _count_classes(source, checked), skipped=left_out)
+
+
+def _require_map_style(source: Any, spec: Spec) -> None:
+    found = type(source).__name__
+    if isinstance(source, IterableDataset) or (hasattr(source, "__iter__") and not hasattr(source, "__getitem__")):
+        raise SpecError(
+            f"{spec}: expected a map-style dataset (with a length and an index), found {found}, which can only be iterated over:"
+            " kdcache draws samples in any order; load it as a whole, or save it as files"
+        )
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise SpecError(f"{spec}: expected a map-style dataset (with a length and an index), found {found}")
+
+
+def _count_classes(source: Any, checked: CheckedSource) -> int:
+    classes: Sequence[object] | None = getattr(source, "classes", None)
+    return len(classes) if classes is not None else int(checked.sample_labels(np.arange(len(checked))).max()) + 1

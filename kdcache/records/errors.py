@@ -74,6 +74,12 @@ class MismatchError(KdcacheError, ValueError):
     exit_code = 3
 
 
+class UnreadableSampleError(KdcacheError, OSError):
+    """A sample of a dataset cannot be read: its file is empty, cut short, damaged, or may not be opened."""
+
+    exit_code = 3
+
+
 class IntegrityError(KdcacheError, OSError):
     """Stored bytes are not what the manifest says.
 
