@@ -1,22 +1,24 @@
 """Views: the same pixels in any process, order and batch, and pipelines that are data and nothing else."""
 
+import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from replaying import SHAPE, Item, ViewsOf, another_process, as_list, views_by_name
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
+from kdcache.learning.augmentations import PIPELINES
 from kdcache.learning.datasets import Dataset, open_dataset, wrap_dataset
 from kdcache.learning.loader import ViewLoader
-from kdcache.learning.views import PIPELINES, SeededViews, library_versions, make_views, resolve_pipeline
+from kdcache.learning.samples import ViewedSamples
+from kdcache.learning.schedule import ViewSchedule
+from kdcache.learning.views import SeededViews, library_versions, make_views
 from kdcache.records.errors import ConfigError, MismatchError, SpecError
-from kdcache.records.hashing import sha256
 from kdcache.records.manifest import ViewsRecord
 from kdcache.records.specs import Spec
 from kdcache.targets.soft_targets import SoftTargets
@@ -75,7 +77,12 @@ def expected(dataset: Dataset) -> Pixels:
 def test_pixels_depend_on_sample_and_view_only(num_workers: int, batch_size: int, seed: int, dataset: Dataset, expected: Pixels) -> None:
     """Whatever the workers, the batch size and the order, a (sample, view) has the pixels that it has when made alone."""
     loader = ViewLoader(
-        dataset, views_of("rrc-flip"), batch_size=batch_size, seed=seed, num_views=2, gather=row_and_view, num_workers=num_workers
+        ViewedSamples(dataset, views_of("rrc-flip")),
+        batch_size=batch_size,
+        seed=seed,
+        schedule=ViewSchedule(views=range(2)),
+        gather=row_and_view,
+        num_workers=num_workers,
     )
     assert len(loader) == -(-NUM_SAMPLES // batch_size)
     (first, order), (second, other_order), (third, _) = (pixels_of(loader, epoch) for epoch in range(3))
@@ -88,7 +95,8 @@ def test_pixels_depend_on_sample_and_view_only(num_workers: int, batch_size: int
 def test_order_is_keyed_by_seed_and_epoch(dataset: Dataset) -> None:
     """The order of an epoch follows from its seed and number alone: the same ones again, other ones for another seed or epoch."""
     loaders = [
-        ViewLoader(dataset, views_of("none"), batch_size=size, seed=seed, gather=row_and_view) for size, seed in [(7, 0), (32, 0), (7, 1)]
+        ViewLoader(ViewedSamples(dataset, views_of("none")), batch_size=size, seed=seed, gather=row_and_view)
+        for size, seed in [(7, 0), (32, 0), (7, 1)]
     ]
     orders = [pixels_of(loader, epoch)[1] for loader, epoch in [(loaders[0], 3), (loaders[1], 3), (loaders[2], 3), (loaders[0], 4)]]
     assert orders[0] == orders[1]
@@ -97,13 +105,13 @@ def test_order_is_keyed_by_seed_and_epoch(dataset: Dataset) -> None:
 
 def test_without_a_number_of_views_every_epoch_is_fresh(dataset: Dataset) -> None:
     """Plain supervised training sees view e in epoch e."""
-    loader = ViewLoader(dataset, views_of("none"), batch_size=64, gather=row_and_view)
+    loader = ViewLoader(ViewedSamples(dataset, views_of("none")), batch_size=64, gather=row_and_view)
     assert {view for _, view in pixels_of(loader, 5)[0]} == {5}
 
 
 def test_labels_stay_with_their_images(dataset: Dataset) -> None:
     """A batch's labels are those of its rows."""
-    for batch in ViewLoader(dataset, views_of("none"), batch_size=32, gather=row_and_view).epoch(0):
+    for batch in ViewLoader(ViewedSamples(dataset, views_of("none")), batch_size=32, gather=row_and_view).epoch(0):
         assert batch.soft is not None
         rows = batch.soft.log_probs[:, 0].long()
         assert torch.equal(batch.labels, torch.from_numpy(dataset.labels)[rows])
@@ -113,16 +121,16 @@ def test_labels_stay_with_their_images(dataset: Dataset) -> None:
 
 def test_last_batch_is_dropped_when_asked_and_never_the_only_one(dataset: Dataset) -> None:
     """With drop_last every batch is full; a set smaller than one batch still gives that batch."""
-    full = ViewLoader(dataset, views_of("none"), batch_size=32, drop_last=True)
+    full = ViewLoader(ViewedSamples(dataset, views_of("none")), batch_size=32, drop_last=True)
     assert [len(batch.labels) for batch in full.epoch(0)] == [32, 32]
     assert len(full) == 2
-    only = ViewLoader(dataset, views_of("none"), batch_size=100, drop_last=True)
+    only = ViewLoader(ViewedSamples(dataset, views_of("none")), batch_size=100, drop_last=True)
     assert [len(batch.labels) for batch in only.epoch(0)] == [NUM_SAMPLES]
 
 
 def test_epochs_that_are_read_side_by_side_do_not_mix(dataset: Dataset) -> None:
     """An epoch shows its own view to the end, also while another one is being read."""
-    loader = ViewLoader(dataset, views_of("none"), batch_size=32, gather=row_and_view)
+    loader = ViewLoader(ViewedSamples(dataset, views_of("none")), batch_size=32, gather=row_and_view)
     shown = [
         [soft.log_probs[:, 1].unique().tolist() for soft in (first.soft, second.soft) if soft is not None]
         for first, second in zip(loader.epoch(0), loader.epoch(1), strict=True)
@@ -133,50 +141,73 @@ def test_epochs_that_are_read_side_by_side_do_not_mix(dataset: Dataset) -> None:
 def test_images_of_different_sizes_are_refused() -> None:
     """Images of two sizes in one batch are a MismatchError that shows both and says what mends it."""
     images = [(torch.zeros(1, size, 8, dtype=torch.uint8), 0) for size in (8, 9)]
-    loader = ViewLoader(wrap_dataset(images), views_of("none"), batch_size=2)
+    loader = ViewLoader(ViewedSamples(wrap_dataset(images), views_of("none")), batch_size=2)
     with pytest.raises(MismatchError, match="different sizes in one batch") as caught:
         next(loader.epoch(0))
     assert "[1, 8, 8]" in str(caught.value)
     assert "[1, 9, 8]" in str(caught.value)
-    assert "Resize" in str(caught.value)
+    assert "size=224" in str(caught.value)
 
 
-@pytest.mark.parametrize(("batch_size", "num_workers"), [(0, 0), (-1, 0), (1, -1)])
-def test_impossible_sizes_are_refused(batch_size: int, num_workers: int, dataset: Dataset) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "num_workers", "found"), [(0, 0, "both at least 1, found 0"), (-1, 0, "both at least 1, found -1"), (1, -1, "found -1")]
+)
+def test_impossible_sizes_are_refused(batch_size: int, num_workers: int, found: str, dataset: Dataset) -> None:
     """A batch of nothing, or fewer than no workers, is a ConfigError that shows what was given."""
-    with pytest.raises(ConfigError, match=f"found {batch_size} and {num_workers}"):
-        ViewLoader(dataset, views_of("none"), batch_size=batch_size, num_workers=num_workers)
+    with pytest.raises(ConfigError, match=found):
+        ViewLoader(ViewedSamples(dataset, views_of("none")), batch_size=batch_size, num_workers=num_workers)
 
 
-def test_another_process_makes_the_same_pixels(image: Tensor) -> None:
-    """A fresh process with another thread count and random state makes the very same views."""
-    program = """
-import torch
-torch.set_num_threads(1)
-torch.manual_seed(12345)
-from kdcache.learning.views import make_views
-from kdcache.records.hashing import sha256
-image = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-for name in ("crop-flip", "rrc-flip"):
-    views = make_views(name, seed=5, image_shape=(3, 20, 24))
-    print(*[sha256(views(image, bytes([key]) * 16, view).numpy().tobytes()) for key in range(3) for view in range(3)])
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    here = []
-    for name in ("crop-flip", "rrc-flip"):
-        views = views_of(name, seed=5, shape=(3, 20, 24))
-        here.append(" ".join(sha256(views(image, bytes([key]) * 16, view).numpy().tobytes()) for key in range(3) for view in range(3)))
-    assert done.stdout.splitlines() == here
-    assert len(set(" ".join(here).split())) > 14
+KINDS: list[tuple[str | None, int, int, int]] = [
+    (None, 0, 1, 0), (None, 0, 7, 1), (None, 0, 64, 1), ("fork", 1, 1, 1), ("fork", 1, 64, 0), ("fork", 2, 7, 0), ("fork", 2, 64, 1),
+    ("spawn", 1, 7, 1), ("spawn", 2, 64, 0),
+]  # fmt: skip
+"""How processes start, how many, the batch size, and the seed of the order."""
 
 
-@pytest.mark.parametrize(("pipeline", "expected"), [("crop-flip", 28), ("rrc-flip", 35)])
+@pytest.fixture(scope="module")
+def recipes() -> list[SeededViews]:
+    """Every named augmentation: the part that teacher and students share; crop-flip also with all of its views."""
+    every = [views_of(name, seed=5, shape=SHAPE) for name in PIPELINES]
+    return [*every, make_views("crop-flip", seed=5, image_shape=SHAPE, enumerated=True)]
+
+
+@pytest.fixture(scope="module")
+def made_here(recipes: list[SeededViews]) -> dict[Item, bytes]:
+    """Pixels by (recipe, image, view), made one by one."""
+    return dict(ViewsOf(recipes, [(recipe, image, view) for recipe in range(len(recipes)) for image in range(4) for view in range(6)]))
+
+
+@pytest.mark.parametrize(("start", "num_workers", "batch_size", "seed"), KINDS)
+def test_every_recipe_is_repeated_to_the_bit(
+    start: str | None, num_workers: int, batch_size: int, seed: int, recipes: list[SeededViews], made_here: dict[Item, bytes]
+) -> None:
+    """Each named augmentation makes the same pixels with 0, 1, 2 workers, forked or spawned, in batches of any size, in any order."""
+    items = sorted(made_here)
+    random.Random(seed).shuffle(items)
+    loader = DataLoader(
+        ViewsOf(recipes, items), batch_size=batch_size, num_workers=num_workers, multiprocessing_context=start, collate_fn=as_list
+    )
+    seen = [item for batch in loader for item in batch]
+    assert [item for item, _ in seen] == items
+    assert dict(seen) == made_here
+
+
+def test_another_process_makes_the_same_pixels(made_here: dict[Item, bytes]) -> None:
+    """A fresh process with another thread count and random state, which reads the names anew, makes the very same views."""
+    with another_process() as process:
+        assert process.apply(views_by_name, (PIPELINES, 5)) == {
+            item: pixels for item, pixels in made_here.items() if item[0] < len(PIPELINES)
+        }
+
+
+@pytest.mark.parametrize(("pipeline", "expected"), [("crop-flip", 28), ("rrc-flip", 35), ("randaug", 35), ("timm-a3", 35)])
 def test_views_seeds_and_samples_differ(pipeline: str, expected: int, image: Tensor) -> None:
     """Another view, seed or key gives other pixels; chance alone lets a few of 36 among the 162 views of crop-flip be equal."""
+    every = [views_of(pipeline, seed=seed, shape=(3, 20, 24)) for seed in range(3)]
     made = [
-        views_of(pipeline, seed=seed, shape=(3, 20, 24))(image, bytes([key]) * 16, view).numpy().tobytes()
-        for seed in range(3) for key in range(3) for view in range(4)
-    ]  # fmt: skip
+        views(image, bytes([key]) * 16, view).contiguous().numpy().tobytes() for views in every for key in range(3) for view in range(4)
+    ]
     assert len(made) == 36
     assert len(set(made)) >= expected
     assert all(len(pixels) == image.numel() for pixels in made)
@@ -209,7 +240,7 @@ def test_reading_an_epoch_leaves_the_callers_random_state(dataset: Dataset) -> N
     """Reading batches draws nothing from the caller's random stream."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    list(ViewLoader(dataset, views_of("crop-flip"), batch_size=32).epoch(0))
+    list(ViewLoader(ViewedSamples(dataset, views_of("crop-flip")), batch_size=32).epoch(0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -222,7 +253,7 @@ def test_no_augmentation_is_the_image_itself(image: Tensor) -> None:
 def test_size_input_is_the_images_own_size(shape: tuple[int, int, int]) -> None:
     """`size = "input"` becomes height and width of the dataset's images, so a manifest says the numbers."""
     for name in ("crop-flip", "rrc-flip"):
-        pipeline = resolve_pipeline(name, image_shape=shape)
+        pipeline = views_of(name, shape=shape).record.pipeline
         assert pipeline[0]["size"] == list(shape[1:])
         assert "input" not in str(pipeline)
         image = torch.zeros(shape, dtype=torch.uint8)
@@ -231,8 +262,8 @@ def test_size_input_is_the_images_own_size(shape: tuple[int, int, int]) -> None:
 
 def test_named_pipelines_are_what_their_files_say() -> None:
     """The pipeline of the README: pad by four, crop back, flip half of the time."""
-    assert resolve_pipeline("none", image_shape=(1, 28, 28)) == ()
-    assert resolve_pipeline("crop-flip", image_shape=(1, 28, 28)) == (
+    assert views_of("none").record.pipeline == ()
+    assert views_of("crop-flip").record.pipeline == (
         {"op": "RandomCrop", "size": [28, 28], "padding": 4},
         {"op": "RandomHorizontalFlip", "p": 0.5},
     )
@@ -272,10 +303,10 @@ def test_a_file_of_ones_own(tmp_path: Path, image: Tensor) -> None:
     ("text", "message"),
     [
         ("[[ops]\n", "is not valid TOML"),
-        ("", "expected only [[ops]] tables, each with op = NAME, found the keys []"),
-        ("ops = 3", "expected only [[ops]] tables"),
-        ("ops = ['RandomCrop']", "expected only [[ops]] tables"),
-        ("[ops]\nop = 'RandomCrop'", "expected only [[ops]] tables"),
+        ("", "expected [[ops]] tables, each with op = NAME, and at most [[teacher]] tables and a [mix] table beside them, found the keys []"),
+        ("ops = 3", "expected [[ops]] tables"),
+        ("ops = ['RandomCrop']", "expected [[ops]] tables"),
+        ("[ops]\nop = 'RandomCrop'", "expected [[ops]] tables"),
         ("seed = 3\nops = []", "found the keys ['ops', 'seed']"),
         ("ops = [{p = 0.5}]", "unknown operation None"),
         ("ops = [{op = 3}]", "unknown operation 3"),
@@ -298,7 +329,7 @@ def test_what_is_no_pipeline_is_refused(text: str, message: str, tmp_path: Path)
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(SpecError, match=re.escape(message)):
-        resolve_pipeline(str(file), image_shape=(3, 20, 24))
+        views_of(str(file), shape=SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -322,14 +353,14 @@ def test_operations_that_make_no_image_are_refused(operation: str, tmp_path: Pat
     file = tmp_path / "mine.toml"
     file.write_text(f"ops = [{operation}]")
     with pytest.raises(SpecError):
-        resolve_pipeline(str(file), image_shape=(3, 20, 24))
+        views_of(str(file), shape=SHAPE)
 
 
-@pytest.mark.parametrize("augment", ["crop_flip", "missing.toml", "", "/etc/hostname"])
+@pytest.mark.parametrize("augment", ["crop_flip", "missing.toml", "/etc/hostname", "crop-flip.toml,size=3"])
 def test_what_is_neither_name_nor_file_is_refused(augment: str) -> None:
     """An unknown name is a SpecError that lists the known ones."""
-    with pytest.raises(SpecError, match="expected one of none, crop-flip, rrc-flip, or an existing"):
-        resolve_pipeline(augment, image_shape=(1, 28, 28))
+    with pytest.raises(SpecError, match=r"expected one of: none, crop-flip, rrc-flip, randaug, timm-a3, an existing \.toml file"):
+        views_of(augment)
 
 
 def test_versions_leave_out_the_build() -> None:

@@ -1,70 +1,108 @@
 """Views as pure functions: `view(image, key, v)` gives the same pixels in any process, order and batch, on any day.
 
-A torchvision v2 pipeline runs under a random stream that is keyed by (seed, sample key, view number) and by nothing else.
+A torchvision v2 pipeline runs under a random stream that is keyed by (seed, sample key, view number) and by nothing else. An
+enumerated one draws nothing: its view `v` is the v-th of all that the pipeline can make.
 """
-
-import tomllib
-from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
-from jaxtyping import UInt8
+from jaxtyping import Float64
+from numpy import ndarray
 from torch import Tensor
-from torchvision.transforms import v2
 
-from kdcache.records.errors import SpecError
+from kdcache.learning.augmentations import read_augmentation
+from kdcache.learning.enumeration import Enumeration, enumerate_views
+from kdcache.learning.operations import build_operations, make_end, require_image, try_end, try_operations
+from kdcache.learning.sources.source import Sample
+from kdcache.records.errors import ConfigError, SpecError
 from kdcache.records.hashing import stable_integer
 from kdcache.records.manifest import ViewsRecord
 
-PIPELINES = ("none", "crop-flip", "rrc-flip")
-"""The pipelines that are known by name; each is a TOML file beside this module."""
-
-NOT_PLAIN = ("Compose", "Lambda", "RandomApply", "RandomChoice", "RandomOrder")
-"""Operations whose arguments are operations or functions."""
-
 TRIALS = 8
-"""Views of a black image on which a pipeline is tried out."""
-
-Operation = dict[str, Any]
+"""Views of one image on which an augmentation is tried out."""
 
 
 class SeededViews:
-    """Makes view `v` of a sample, the same one for ever.
+    """Makes view `v` of a sample, the same one for ever: the part that teacher and students share.
 
     Args:
-        record: Operations (resolved, as `resolve_pipeline` gives them) and seed.
+        record: Operations (resolved, as `make_views` gives them) and seed.
+        image_shape: Channels, height and width of every sample. Only enumerated views depend on it; None for that of the first
+            sample that comes.
 
     Raises:
-        SpecError: An operation is not one of torchvision.transforms.v2, or does not take these arguments.
+        SpecError: An operation is not one of torchvision.transforms.v2, does not take these arguments, or cannot be enumerated.
     """
 
-    def __init__(self, record: ViewsRecord) -> None:
+    def __init__(self, record: ViewsRecord, *, image_shape: tuple[int, int, int] | None = None) -> None:
         self.record = record
-        self._transform = v2.Compose([_build_operation(op) for op in record.pipeline]) if record.pipeline else None
+        self._transforms = build_operations(record.pipeline)
+        self._all: Enumeration | None = None
+        if record.enumerated and image_shape is not None:
+            self._all = enumerate_views(self._transforms, image_shape)
 
-    def __call__(self, image: UInt8[Tensor, "channels height width"], key: bytes, view: int) -> Tensor:
+    def __call__(self, image: Sample, key: bytes, view: int) -> Tensor:
         """One view of one image.
 
         Args:
-            image: The decoded sample.
+            image: The decoded sample. One that is no image has no operations, and is its own only view.
             key: The sample's key.
             view: The view's number, from 0.
 
         Returns:
             uint8 [channels, height, width], at the size that the pipeline gives. The caller's random state is as before.
+
+        Raises:
+            MismatchError: The views are enumerated, and the image has another shape than those before.
+            ConfigError: The views are enumerated, and there is none of this number.
         """
-        if self._transform is None:
+        if self.record.enumerated:
+            return self._enumeration(image).make(image, view)
+        if not self._transforms:
             return image
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(stable_integer(self.record.seed, key, view))
-            transformed: Tensor = self._transform(image)
-            return transformed
+            for transform in self._transforms:
+                image = transform(image)
+            return image
         finally:
             torch.set_rng_state(state)
+
+    @property
+    def num_all(self) -> int | None:
+        """How many views there are; None for random ones, of which there is no end.
+
+        Raises:
+            ConfigError: The views are enumerated, and no image's shape is known yet.
+        """
+        return len(self._known.outcomes) if self.record.enumerated else None
+
+    @property
+    def weights(self) -> Float64[ndarray, "views"] | None:
+        """How probable each of all views is, [views]; None for random ones.
+
+        Raises:
+            ConfigError: The views are enumerated, and no image's shape is known yet.
+        """
+        return self._known.weights if self.record.enumerated else None
+
+    def output_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Channels, height and width of the views of an image of this shape, before any network's own end."""
+        channels, height, width = self(torch.zeros(image_shape, dtype=torch.uint8), b"", 0).shape
+        return channels, height, width
+
+    @property
+    def _known(self) -> Enumeration:
+        if self._all is None:
+            raise ConfigError("how many views there are depends on the images' shape; expected image_shape, found none")
+        return self._all
+
+    def _enumeration(self, image: Tensor) -> Enumeration:
+        if self._all is None:
+            channels, height, width = image.shape
+            self._all = enumerate_views(self._transforms, (channels, height, width))
+        return self._all
 
 
 def library_versions() -> dict[str, str]:
@@ -72,81 +110,62 @@ def library_versions() -> dict[str, str]:
     return {"torch": _release(torch.__version__), "torchvision": _release(torchvision.__version__)}
 
 
-def make_views(augment: str, *, seed: int, image_shape: tuple[int, int, int]) -> SeededViews:
-    """Views by a pipeline's name or TOML file.
+def make_views(augment: str, *, seed: int, image_shape: tuple[int, ...], enumerated: bool = False) -> SeededViews:
+    """Views by an augmentation's spec. Its operations are tried on an image of noise; all random states stay as they were.
 
     Args:
-        augment: One of `PIPELINES`, or the path of a TOML file with `[[ops]]` tables.
+        augment: `NAME_OR_FILE[,size=N|HxW][,mixup=A][,cutmix=A][,probability=P]`; see `read_augmentation`.
         seed: Seed of all random choices.
-        image_shape: Channels, height and width of a decoded sample; `size = "input"` means this height and width.
-    """
-    pipeline = resolve_pipeline(augment, image_shape=image_shape)
-    return SeededViews(ViewsRecord(pipeline=pipeline, seed=seed, versions=library_versions()))
-
-
-def resolve_pipeline(augment: str, *, image_shape: tuple[int, int, int]) -> tuple[Operation, ...]:
-    """The operations of a pipeline, as plain data that a manifest can hold.
+        image_shape: Channels, height and width of a decoded sample; `size = "input"` means this height and width. The shape of
+            other samples, which only `none` is for.
+        enumerated: Whether view `v` is the v-th of all that there are, instead of a random one.
 
     Raises:
-        SpecError: No such pipeline or file, or the file is not a list of operations.
+        SpecError: No such augmentation; an operation is unknown, fails, makes something else than an image, or draws from elsewhere
+            than PyTorch's default generator; the views have several sizes, or cannot be enumerated.
     """
-    if augment in PIPELINES:
-        text = resources.files("kdcache.learning").joinpath("pipelines", f"{augment}.toml").read_text("utf-8")
-    elif Path(augment).suffix == ".toml" and Path(augment).is_file():
-        text = Path(augment).read_text("utf-8")
-    else:
-        raise SpecError(f"no augmentation {augment!r}; expected one of {', '.join(PIPELINES)}, or an existing .toml file")
+    if len(image_shape) != 3:
+        return _views_of_others(augment, image_shape, seed=seed, enumerated=enumerated)
+    channels, height, width = image_shape
+    read = read_augmentation(augment, image_shape=(channels, height, width))
+    if enumerated and read.mixing is not None:
+        raise SpecError(f"{augment}: mixed views cannot be enumerated: give a number of views, or leave out mixup and cutmix")
+    record = ViewsRecord(
+        pipeline=read.operations, seed=seed, versions=library_versions(),
+        mixing=read.mixing, teacher_end=read.teacher_end, enumerated=enumerated,
+    )  # fmt: skip
+    return _try_out(augment, record, (channels, height, width))
+
+
+def _views_of_others(augment: str, shape: tuple[int, ...], *, seed: int, enumerated: bool) -> SeededViews:
+    """The only view of a row of a table or of a text: itself."""
+    if augment != "none" or enumerated:
+        asked = "--views all" if enumerated else f"the augmentation {augment}"
+        raise SpecError(f"{asked} is for images, found samples of shape {list(shape)}; add --augment none --views 1")
+    return SeededViews(ViewsRecord(pipeline=(), seed=seed, versions=library_versions()))
+
+
+def _try_out(augment: str, record: ViewsRecord, image_shape: tuple[int, int, int]) -> SeededViews:
+    """Refuses now, and not in the middle of a dump, what does not make one repeatable image of an image."""
+    noise = torch.randint(0, 256, image_shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    end = make_end(record.teacher_end)
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{augment} is not valid TOML: {error}") from error
-    operations = document.get("ops")
-    if set(document) != {"ops"} or not isinstance(operations, list) or not all(isinstance(op, dict) for op in operations):
-        raise SpecError(f"{augment}: expected only [[ops]] tables, each with op = NAME, found the keys {sorted(document)}")
-    size = list(image_shape[1:])
-    resolved = tuple({key: size if value == "input" else value for key, value in op.items()} for op in operations)
-    _try_out(augment, resolved, image_shape)
-    return resolved
-
-
-def _try_out(augment: str, pipeline: tuple[Operation, ...], image_shape: tuple[int, int, int]) -> None:
-    """Runs a few views of a black image: what does not make an image of an image is refused now, not in the middle of a dump."""
-    views = SeededViews(ViewsRecord(pipeline=pipeline, seed=0, versions={}))
-    black = torch.zeros(image_shape, dtype=torch.uint8)
-    for view in range(TRIALS):
-        try:
-            made = views(black, b"", view)
-        except Exception as error:  # whatever an operation raises, the user's arguments are the cause
-            raise SpecError(f"{augment} fails on an image of {list(image_shape)}: {type(error).__name__}: {error}") from error
-        if not isinstance(made, Tensor) or made.dtype != torch.uint8 or made.ndim != 3:
-            found = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-            raise SpecError(
-                f"{augment}: expected one uint8 image [channels, height, width], found {found}; kdcache scales, networks normalise"
-            )
-
-
-def _build_operation(operation: Mapping[str, Any]) -> v2.Transform:
-    """One v2 operation. Only Transform classes of torchvision.transforms.v2 are ever built, with plain data."""
-    arguments = dict(operation)
-    name = arguments.pop("op", None)
-    kind = getattr(v2, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(kind, type) or not issubclass(kind, v2.Transform) or kind is v2.Transform:
-        raise SpecError(f"unknown operation {name!r}; expected the name of a transform in torchvision.transforms.v2")
-    if name in NOT_PLAIN:
-        raise SpecError(f"the operation {name!r} is not supported: it holds other operations or code, and a recipe is plain data")
-    if "interpolation" in arguments:
-        arguments["interpolation"] = _interpolation(arguments["interpolation"])
-    try:
-        return kind(**arguments)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise SpecError(f"{name}: {error}; given were {arguments}") from error
-
-
-def _interpolation(name: object) -> v2.InterpolationMode:
-    try:
-        return v2.InterpolationMode(name)
-    except ValueError as error:
-        raise SpecError(f"unknown interpolation {name!r}; expected one of {[mode.value for mode in v2.InterpolationMode]}") from error
+        try_operations(record.pipeline, noise)
+        views = SeededViews(record, image_shape=image_shape)
+        made = [views(noise, b"", view) for view in range(min(TRIALS, views.num_all or TRIALS))]
+        try_end(end, made[0])
+    except SpecError as error:
+        raise SpecError(f"{augment}: {error}") from error
+    except Exception as error:  # whatever an operation raises, the user's arguments are the cause
+        raise SpecError(f"{augment} fails on an image of {list(image_shape)}: {type(error).__name__}: {error}") from error
+    for image in made:
+        require_image(image, augment)
+    if len({image.shape for image in made}) > 1:
+        raise SpecError(
+            f"{augment}: expected views of one size, found {sorted({tuple(image.shape) for image in made})}; end with an operation that"
+            " gives a fixed size, such as Resize with two numbers"
+        )
+    return views
 
 
 def _release(version: str) -> str:
