@@ -14,7 +14,8 @@ from stored import BLOCK_SAMPLES, NUM_SAMPLES, NUM_VIEWS, Noise, dump_noise
 
 from kdcache.learning.cache import Cache
 from kdcache.learning.datasets import wrap_dataset
-from kdcache.learning.loader import ViewLoader, window_order
+from kdcache.learning.loader import ViewLoader
+from kdcache.learning.schedule import window_order
 from kdcache.records.errors import MismatchError
 from kdcache.store.reader import CacheReader
 from kdcache.workflows.convert import convert
@@ -114,10 +115,7 @@ def make_loader(cache: Cache, *, order: str, batch_size: int = 8, seed: int = 0)
     """A loader over the cached dataset in reverse order."""
     noise = Noise(300)
     dataset = wrap_dataset([noise[i] for i in reversed(range(len(noise)))], num_classes=300)
-    gather = cache.join(dataset)
-    return ViewLoader(
-        dataset, cache.views, batch_size=batch_size, seed=seed, num_views=NUM_VIEWS, gather=gather, blocks=gather.blocks(order)  # type: ignore[arg-type]
-    )  # fmt: skip
+    return cache.join(dataset).loader(batch_size=batch_size, seed=seed, order=order)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("order", ["random", "windows"])
@@ -139,7 +137,7 @@ def test_an_epoch_can_be_taken_up_at_any_batch(cache: Path, order: str) -> None:
 
 def test_windows_read_few_ranges_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """In window order the rows of a window come from its own blocks only, and every row comes once."""
-    monkeypatch.setattr("kdcache.learning.loader.ROWS_IN_A_WINDOW", 150)
+    monkeypatch.setattr("kdcache.learning.schedule.ROWS_IN_A_WINDOW", 150)
     blocks = [np.arange(start, start + 50) for start in range(0, 1000, 50)]
     order = window_order(blocks, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(1000))

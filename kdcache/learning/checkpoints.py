@@ -77,13 +77,13 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def load_model(path: Path, *, num_classes: int, image_shape: tuple[int, int, int], arch: Spec | None = None) -> LoadedModel:
+def load_model(path: Path, *, num_classes: int, image_shape: tuple[int, ...], arch: Spec | None = None) -> LoadedModel:
     """Reads a model file and builds its network. Never executes anything from the file.
 
     Args:
         path: `.safetensors`, or `.pt`/`.pth` holding a state dict or `{"arch": …, "state_dict": …}`.
         num_classes: Classes of the dataset that the network will see.
-        image_shape: Channels, height and width of one view.
+        image_shape: Shape of one view: channels, height and width of images.
         arch: The architecture, where the file does not say it, or to overrule the file.
 
     Raises:

@@ -113,7 +113,7 @@ def hard_label_loss(student_logits: Float[Tensor, "*batch classes"], soft: SoftT
 def distillation_loss(
     student_logits: Float[Tensor, "*batch classes"],
     soft: SoftTargets,
-    labels: Int64[Tensor, "*batch"],
+    labels: Int64[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     temperature: float = 4.0,
     alpha: float = 0.9,
@@ -125,7 +125,7 @@ def distillation_loss(
     Args:
         student_logits: The student's output.
         soft: The teacher's.
-        labels: The dataset's own labels.
+        labels: The dataset's own labels; where samples are mixed, the share of each class.
         temperature: T of the KD term.
         alpha: Weight of the KD term, in [0, 1].
         hard: Weight of the teacher's hard label; alpha + hard is at most 1.
@@ -143,7 +143,8 @@ def distillation_loss(
     if hard > 0:
         loss = loss + hard * hard_label_loss(student_logits, soft)
     if alpha + hard < 1:
-        loss = loss + (1 - alpha - hard) * F.cross_entropy(student_logits.flatten(0, -2), labels.flatten())
+        targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
+        loss = loss + (1 - alpha - hard) * F.cross_entropy(student_logits.flatten(0, -2), targets)
     return loss
 
 

@@ -144,15 +144,20 @@ def build_model(spec: Spec, *, trusted: bool) -> nn.Module:
     raise SpecError(f"unknown model {str(spec)!r}; expected one of: {known} (see: kdcache models)")
 
 
-def resolve_model_spec(spec: Spec, *, num_classes: int, image_shape: tuple[int, int, int]) -> Spec:
+def resolve_model_spec(spec: Spec, *, num_classes: int, image_shape: tuple[int, ...]) -> Spec:
     """Fills in what a model spec leaves to the dataset, so that the result rebuilds the network anywhere.
 
     Args:
         spec: As the user typed it.
         num_classes: Classes of the dataset.
-        image_shape: Channels, height and width of one view.
+        image_shape: Shape of one view: channels, height and width of images.
+
+    Raises:
+        SpecError: The network is for images, and the views are none.
     """
     if spec.source == "" and spec.name in PRESETS:
+        if len(image_shape) != 3:
+            raise SpecError(f"{spec} takes images [channels, height, width], found samples of {list(image_shape)}; give a py: model")
         channels, height, width = image_shape
         return spec.with_defaults(num_classes=num_classes, channels=channels, image_size=max(height, width))
     return spec.with_defaults(num_classes=num_classes) if spec.source == "torchvision" else spec
