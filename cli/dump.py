@@ -17,17 +17,26 @@ Examples:
   kdcache dump --teacher teacher.safetensors --data fashion-mini --out runs/cache
   kdcache dump --teacher ckpt.pt --arch torchvision:resnet50 --data torchvision:CIFAR100,root=DIR \\
       --views 8 --augment rrc-flip --codec topk,k=16 --out runs/cache
+  kdcache dump --teacher teacher.safetensors --data fashion-mini --views 16 --out runs/cache       (adds to a cache of 4 views)
+  kdcache dump --teacher teacher.safetensors --data fashion-mini --views 8:16 --out runs/views-8-15
   kdcache dump --teacher teacher.safetensors --data fashion-mini --mean-k 3 --out runs/adaptive
+  kdcache dump --teacher ckpt.pt --arch torchvision:resnet50 --data folder:images,split=train --augment rrc-flip,size=224 \\
+      --skip-unreadable --out runs/folder
 """
 
 
 @click.command(epilog=EPILOG)
 @click.option("--teacher", type=PATH, required=True, help="The teacher's file: .safetensors, or .pt with weights.")
-@click.option("--data", required=True, help="Dataset spec, such as fashion-mini.")
+@click.option(
+    "--data",
+    required=True,
+    help="fashion-mini, folder:PATH[,split=train], torchvision:NAME,root=DIR, hf:NAME, parquet:FILE, csv:FILE or py:…",
+)
 @click.option("--out", type=PATH, required=True, help="The cache's directory.")
 @arch_option
-@click.option("--views", type=click.IntRange(min=1), default=4, show_default=True, help="Views of each sample.")
-@click.option("--augment", default="crop-flip", show_default=True, help="none, crop-flip, rrc-flip or a TOML file.")
+@click.option("--views", default="4", show_default=True,
+              help="Views of each sample, or all; more than a cache in --out has: they are added. FIRST:STOP: a part, to be merged.")  # fmt: skip
+@click.option("--augment", default="crop-flip", show_default=True, help="Name or TOML file; see kdcache augment.")
 @click.option("--codec", default="auto", show_default=True,
               help="topk[,k=…], adaptive[,mean_k=…|,kl=…], sampled[,draws=…], dense[,dtype=…] or auto; kdcache plan compares them.")  # fmt: skip
 @click.option("--mean-k", type=float, help="Codec adaptive: classes that a record keeps on average.")
@@ -40,13 +49,16 @@ Examples:
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
               help="Arithmetic; auto: bfloat16 on CUDA, else float32.")  # fmt: skip
 @click.option("--license", help="Licence of the labels, such as CC-BY-4.0.")
+@click.option("--skip-unreadable", is_flag=True,
+              help="Read every sample first; leave out, and record, those that cannot be read.")  # fmt: skip
 @device_option
 @config_option
 @json_option
 def dump(teacher: Path, data: str, out: Path, codec: str, mean_k: float | None, kl: float | None, as_json: bool, **options: Any) -> None:
     """Run the teacher once over every view and store its soft labels.
 
-    Running the same command again goes on where the last run was cut off, and ends in the same bytes.
+    Running the same command again goes on where the last run was cut off, and ends in the same bytes. With more --views it adds
+    the missing ones to the cache, which can be trained from all the while.
     """
     command = shlex.join(["kdcache", *sys.argv[1:]])
     targets = [f",{name}={value}" for name, value in (("mean_k", mean_k), ("kl", kl)) if value is not None]
@@ -57,6 +69,7 @@ def dump(teacher: Path, data: str, out: Path, codec: str, mean_k: float | None, 
         "path": result.path,
         "recipe_key": manifest.recipe_key,
         "num_samples": manifest.grid.num_samples,
+        "first_view": manifest.grid.first_view,
         "num_views": manifest.grid.num_views,
         "codec": manifest.recipe.codec,
         "size_bytes": manifest.size_bytes,

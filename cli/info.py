@@ -27,18 +27,24 @@ def info(cache: Path, as_json: bool) -> None:
 
 def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
     recipe = result.recipe
+    numbers = f" (numbers {result.first_view} to {result.first_view + result.num_views - 1})" if result.first_view else ""
     operations = " → ".join(str(operation["op"]) for operation in recipe.views.pipeline) or "none"
     pairs = {
         "cache": str(result.path),
         "recipe key": result.recipe_key,
         "teacher": f"{recipe.teacher.spec} ({recipe.teacher.sha256[:19]}…, {recipe.teacher.precision})",
         "dataset": f"{recipe.dataset.spec}: {recipe.dataset.num_samples:,} samples, {recipe.teacher.num_classes} classes",
-        "views": f"{result.num_views} × {operations} (seed {recipe.views.seed})",
+        "views": f"{result.num_views}{numbers} × {operations} (seed {recipe.views.seed})",
         "codec": recipe.codec,
         "blocks": f"{result.blocks_done} of {result.blocks_total}",
     }
     if result.manifest is None:
         return {**pairs, "state": "unfinished; run the same kdcache dump again to go on"}
+    if result.growth:
+        growth = result.growth
+        pairs["growing"] = (
+            f"to {growth.num_views} views: {growth.blocks_done} of {growth.blocks_total} blocks; run the same kdcache dump again to go on"
+        )
     statistics, provenance = result.manifest.statistics, result.manifest.provenance
     masses = ", ".join(f"{format_share(mass)} at T={t}" for t, mass in statistics.retained_mass.items())
     records = result.manifest.grid.num_samples * result.manifest.grid.num_views
@@ -51,5 +57,16 @@ def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
         "retained mass": masses or "everything",
         "made": f"{provenance.created} by {provenance.created_by} on {provenance.device}",
         "command": provenance.command,
+        **_added(result.manifest),
         "licence": result.manifest.license or "not stated",
     }
+
+
+def _added(manifest: "kdcache.Manifest") -> dict[str, str]:
+    """Which views came later, one line for all."""
+    added = [
+        f"views {entry.views[0]} to {entry.views[1] - 1} by {entry.created_by}, {entry.created}"
+        for entry in manifest.history
+        if entry.views
+    ]
+    return {"added": "; ".join(added)} if added else {}

@@ -116,7 +116,10 @@ class LinearTeacher(nn.Module):
 def dump_noise(
     folder: Path, out: str = "cache", *, codec: str, num_classes: int, positions: tuple[int, ...] = (), **options: Any
 ) -> DumpResult:
-    """Dumps a linear teacher's answers to noise into `folder / out`; the teacher in a folder is always the same."""
+    """Dumps a linear teacher's answers to noise into `folder / out`; the teacher in a folder is always the same.
+
+    Views, samples in a block and batch size are those above unless `options` of `dump` say otherwise.
+    """
     arch = f"py:{__name__}:LinearTeacher,num_classes={num_classes},positions={positions}".replace(" ", "")
     path = folder / f"teacher-{num_classes}-{'-'.join(map(str, positions))}.safetensors"
     if not path.exists():
@@ -125,10 +128,9 @@ def dump_noise(
         with torch.no_grad():
             model.body.weight.mul_(20)  # answers as decided as a trained teacher's
         save_model(path, model, spec=Spec.parse(arch), metadata={})
-    return dump(
-        path, f"py:{__name__}:Noise,num_classes={num_classes}", folder / out, arch=arch, codec=codec, views=NUM_VIEWS,
-        block_samples=BLOCK_SAMPLES, batch_size=BATCH_SIZE, device="cpu", **options,
-    )  # fmt: skip
+    usual = {"views": NUM_VIEWS, "block_samples": BLOCK_SAMPLES, "batch_size": BATCH_SIZE, "device": "cpu"}
+    data = f"py:{__name__}:Noise,num_classes={num_classes}"
+    return dump(path, data, folder / out, arch=arch, codec=codec, **(usual | options))
 
 
 def tree(root: Path) -> dict[str, bytes]:

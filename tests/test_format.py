@@ -27,7 +27,7 @@ from stored import NUM_SAMPLES, NUM_VIEWS, codec, dump_noise
 from torch import Tensor
 
 from kdcache.learning.cache import Cache
-from kdcache.learning.datasets import image_key
+from kdcache.learning.sources.source import sample_key
 from kdcache.records import manifest as records
 from kdcache.records.hashing import canonical_json, sha256, stable_integer
 from kdcache.records.manifest import Block, BlockGrid, FieldRecord, FileRecord, Manifest, Probe, Provenance, Recipe, Statistics
@@ -588,6 +588,7 @@ def key_paths(kind: Any) -> set[str]:
         ("3.5", [FileRecord, records.BlockRecord]),
         ("3.6", [Statistics]),
         ("3.7", [Provenance]),
+        ("11", [records.MixingRecord]),
         ("12", [Probe]),
     ],
 )
@@ -601,15 +602,26 @@ def test_format_has_the_keys_of_manifest_and_plan() -> None:
     """So it is for the manifest itself, whose `extra` is no key and whose `digest` is no field, and for the plan of a dump."""
     named = [name for row in table_rows(section("3.1"), "key", "type") for name in quoted(row[0])]
     assert sorted(named) == sorted({item.name for item in dataclasses.fields(Manifest)} - {"extra"} | {"digest"})
-    planned = [name for row in table_rows(section("13"), "key", "type") for name in quoted(row[0])]
+    planned = [name for row in table_rows(section("13.1"), "key", "type") for name in quoted(row[0])]
     assert sorted(planned) == sorted(item.name for item in dataclasses.fields(DumpPlan))
 
 
 def test_every_record_is_specified() -> None:
     """No record of the manifest is without a table that the tests above read."""
     found = {kind for kind in vars(records).values() if dataclasses.is_dataclass(kind)}
-    parts = {records.TeacherRecord, records.DatasetRecord, records.ViewsRecord, Block, records.Lengths}
-    assert found == parts | {Recipe, BlockGrid, FieldRecord, FileRecord, records.BlockRecord, Statistics, Provenance, Probe, Manifest}
+    parts = {records.TeacherRecord, records.DatasetRecord, records.ViewsRecord, Block, records.Lengths, records.SkippedSample}
+    assert found == parts | {
+        Recipe,
+        BlockGrid,
+        FieldRecord,
+        FileRecord,
+        records.BlockRecord,
+        Statistics,
+        Provenance,
+        Probe,
+        Manifest,
+        records.MixingRecord,
+    }
 
 
 @pytest.mark.parametrize(
@@ -850,7 +862,7 @@ def test_vectors_of_digests_and_bytes(caches: Callable[[str], Path], tmp_path: P
     text = section("18")
     assert f"| {stable_integer(0, bytes(range(16)), 3)} |" in text
     assert f"| {stable_integer('codec', 0, bytes(range(16)), 3)} |" in text
-    assert f"`{image_key(torch.arange(12, dtype=torch.uint8).reshape(1, 3, 4)).hex()}`" in text
+    assert f"`{sample_key(torch.arange(12, dtype=torch.uint8).reshape(1, 3, 4)).hex()}`" in text
     assert f"`{canonical_json({'b': [1, 1.0, 0.00001, 1e16, -0.0], 'Z': None}).decode()}`" in text
     assert f"`{google_crc32c.value(b'123456789'):x}`" in text
     assert f"`{pack(np.array([1, 299, 511, 0], np.uint16), 9).tobytes().hex()}`" in text

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 from kdcache.records.errors import FormatError
-from kdcache.records.manifest import RECORD_AXES, SAMPLE_AXES, TABLE_AXES, FieldRecord, Manifest
+from kdcache.records.manifest import RECORD_AXES, SAMPLE_AXES, TABLE_AXES, BlockGrid, FieldRecord, Manifest, MixingRecord
 
 DTYPE_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8, "float16": 2, "float32": 4}
 DTYPES = tuple(DTYPE_BYTES)
@@ -16,6 +16,10 @@ LARGEST_BLOCK_BYTES = 2**31
 """No writer makes chunk files near this; a larger one is a mistake or an attack."""
 MOST_VIEWS = 2**20
 """More would take memory for their names alone."""
+
+
+LARGEST_ALPHA = 1000.0
+"""A larger α of MixUp or CutMix always gives halves."""
 
 
 def check_manifest(manifest: Manifest, *, where: str) -> None:
@@ -32,8 +36,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     grid = manifest.grid
     if min(grid.num_samples, grid.num_views, grid.block_samples, grid.block_views) < 1:
         yield f"expected positive numbers in the grid, found {grid}"
-    if grid.num_views > MOST_VIEWS:
-        yield f"expected at most {MOST_VIEWS} views, found {grid.num_views}"
+    if grid.first_view < 0 or grid.views.stop > MOST_VIEWS:
+        yield f"expected at most {MOST_VIEWS} views, found {grid.num_views} from {grid.first_view} on"
+    yield from _added_views_problems(grid)
+    yield from _mixing_problems(manifest.recipe.views.mixing)
     if grid.num_samples != manifest.recipe.dataset.num_samples:
         yield f"the grid has {grid.num_samples} samples, the recipe {manifest.recipe.dataset.num_samples}"
     yield from (problem for field in manifest.fields for problem in _field_problems(field, grid.block_samples))
@@ -50,8 +56,27 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"expected a digest of each field without a view axis, found {sorted(manifest.contents)}"
     yield from _file_problems(manifest)
     for probe in manifest.probes:
-        if not (0 <= probe.row < grid.num_samples and 0 <= probe.view < grid.num_views):
+        if not (0 <= probe.row < grid.num_samples and probe.view in grid.views):
             yield f"a probe is outside the grid: {probe}"
+
+
+def _mixing_problems(mixing: MixingRecord | None) -> Iterator[str]:
+    if mixing and not (
+        0 <= mixing.probability <= 1
+        and 0 <= mixing.switch <= 1
+        and min(mixing.mixup, mixing.cutmix) >= 0
+        and 0 < max(mixing.mixup, mixing.cutmix) <= LARGEST_ALPHA
+    ):
+        yield f"expected shares from 0 to 1 and one or two strengths up to {LARGEST_ALPHA:g}, found {mixing}"
+
+
+def _added_views_problems(grid: BlockGrid) -> Iterator[str]:
+    """There is one way only to write the groups of views: none begins anew where it would begin anyway."""
+    before = grid.first_view
+    for view in grid.added_views:
+        if not before < view < grid.views.stop or (view - before) % grid.block_views == 0:
+            yield f"expected ascending added views in {grid.views}, none after full groups of {grid.block_views}, found {grid.added_views}"
+        before = view
 
 
 def _field_problems(field: FieldRecord, block_samples: int) -> Iterator[str]:

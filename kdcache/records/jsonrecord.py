@@ -11,10 +11,19 @@ from kdcache.records.errors import FormatError
 Record = TypeVar("Record")
 
 
+def optional(default: Any) -> Any:
+    """A dataclass field that is left out of the JSON where it has its default.
+
+    So records of earlier minor versions, and the digests of them, stay as they were.
+    """
+    return dataclasses.field(default=default, metadata={"optional": True})
+
+
 def to_json(record: Any) -> Any:
     """A record as plain JSON data: dataclasses become objects, tuples become arrays."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {item.name: to_json(getattr(record, item.name)) for item in dataclasses.fields(record)}
+        items = [(item, getattr(record, item.name)) for item in dataclasses.fields(record)]
+        return {item.name: to_json(value) for item, value in items if not (item.metadata.get("optional") and value == item.default)}
     if isinstance(record, Mapping):
         return {key: to_json(value) for key, value in record.items()}
     if isinstance(record, tuple | list):

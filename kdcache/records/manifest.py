@@ -1,13 +1,15 @@
 """The records of a cache: recipe, block grid, manifest. These dataclasses are the format's documentation."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 from kdcache.records.errors import FormatError, IntegrityError
 from kdcache.records.hashing import canonical_json, sha256
-from kdcache.records.jsonrecord import from_json, to_json
+from kdcache.records.jsonrecord import from_json, optional, to_json
 
 FORMAT_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
@@ -46,15 +48,35 @@ class DatasetRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixingRecord:
+    """How two samples become one: MixUp (Zhang et al., arXiv 1710.09412) and CutMix (Yun et al., arXiv 1905.04899)."""
+
+    mixup: float
+    """α of MixUp's λ ~ Beta(α, α); 0 for no MixUp."""
+    cutmix: float
+    """α of CutMix's λ ~ Beta(α, α); 0 for no CutMix."""
+    probability: float
+    """Share of the views that are mixed."""
+    switch: float
+    """Share of the mixed views that are CutMix, where there are both."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViewsRecord:
     """How view `v` of a sample is made; the number of views is coverage, not recipe."""
 
     pipeline: tuple[dict[str, Any], ...]
-    """Operations of torchvision.transforms.v2 in order: `{"op": NAME, argument: value, …}`."""
+    """Operations of torchvision.transforms.v2 in order: `{"op": NAME, argument: value, …}`. Teacher and student share them."""
     seed: int
     """Seed of every random choice."""
     versions: dict[str, str]
     """Versions of the libraries that decide about pixels."""
+    mixing: MixingRecord | None = optional(None)
+    """How views are mixed with those of another sample; None for not at all."""
+    teacher_end: tuple[dict[str, Any], ...] = optional(())
+    """Operations without random choices that only the teacher's images go through, after the shared ones."""
+    enumerated: bool = optional(False)
+    """Whether view `v` is the v-th of all that the pipeline can make, instead of a random one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,11 +127,20 @@ class BlockGrid:
     num_samples: int
     """Length of the sample axis."""
     num_views: int
-    """Length of the view axis."""
+    """How many views there are."""
     block_samples: int
     """Samples in a chunk file (the last one of an axis is padded with the fill value)."""
     block_views: int
-    """Views that are made from one decoded sample; each has chunk files of its own."""
+    """Most views that are made from one decoded sample; each has chunk files of its own."""
+    first_view: int = optional(0)
+    """Number of the first view: more than 0 for a part, whose earlier views are in another cache."""
+    added_views: tuple[int, ...] = optional(())
+    """Views at which the groups of `block_views` begin anew: where views were added after a group that was not full."""
+
+    @property
+    def views(self) -> range:
+        """The numbers of the views."""
+        return range(self.first_view, self.first_view + self.num_views)
 
     @property
     def num_sample_blocks(self) -> int:
@@ -119,19 +150,49 @@ class BlockGrid:
     @property
     def num_blocks(self) -> int:
         """How many there are."""
-        return self.num_sample_blocks * -(-self.num_views // self.block_views)
+        return self.num_sample_blocks * sum(-(-len(views) // self.block_views) for views in self._dumped_together())
 
     def blocks(self) -> tuple[Block, ...]:
         """All blocks, sample range by sample range."""
         return tuple(
-            Block(
-                sample_block=index,
-                samples=(index * self.block_samples, min((index + 1) * self.block_samples, self.num_samples)),
-                views=(view, min(view + self.block_views, self.num_views)),
-            )
+            Block(sample_block=index, samples=self.sample_range(index), views=group)
             for index in range(self.num_sample_blocks)
-            for view in range(0, self.num_views, self.block_views)
+            for group in self.view_groups
         )
+
+    def sample_range(self, index: int) -> tuple[int, int]:
+        """First row of a range of samples and the row after the last."""
+        return index * self.block_samples, min((index + 1) * self.block_samples, self.num_samples)
+
+    @property
+    def view_groups(self) -> tuple[tuple[int, int], ...]:
+        """The groups of views that share blocks: first view and view after the last."""
+        return tuple(
+            (first, min(first + self.block_views, views.stop))
+            for views in self._dumped_together()
+            for first in range(views.start, views.stop, self.block_views)
+        )
+
+    def group_of(self, view: int) -> tuple[int, int]:
+        """The group that a view belongs to."""
+        views = next(views for views in self._dumped_together() if view in views)
+        first = view - (view - views.start) % self.block_views
+        return first, min(first + self.block_views, views.stop)
+
+    def with_groups(self, groups: Sequence[tuple[int, int]]) -> "BlockGrid":
+        """The same samples with these groups of views, which follow each other and have at most `block_views`."""
+        firsts = [first for first, _ in groups]
+        added = tuple(first for before, first in pairwise(firsts) if first != before + self.block_views)
+        return replace(self, first_view=firsts[0], num_views=groups[-1][1] - firsts[0], added_views=added)
+
+    def grown(self, stop: int) -> "BlockGrid":
+        """The same groups, and further ones up to the view before `stop`."""
+        added = range(self.views.stop, stop, self.block_views)
+        return self.with_groups([*self.view_groups, *((first, min(first + self.block_views, stop)) for first in added)])
+
+    def _dumped_together(self) -> list[range]:
+        cuts = [self.first_view, *self.added_views, self.views.stop]
+        return [range(first, stop) for first, stop in pairwise(cuts)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +273,20 @@ class Statistics:
     class_counts: tuple[int, ...]
     """Samples by label."""
 
+    @classmethod
+    def of_blocks(cls, blocks: Sequence[BlockRecord], *, class_counts: tuple[int, ...]) -> Self:
+        """The statistics of a cache, from the sums of all its blocks."""
+        totals: dict[str, float] = {}
+        for block in blocks:
+            for name, value in block.totals.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return cls(
+            teacher_accuracy=totals["top1_hits"] / totals["records"] if "top1_hits" in totals else None,
+            retained_mass={name.partition("@")[2]: value / totals["records"] for name, value in totals.items() if "@" in name},
+            entries=totals["entries"] / totals["records"],
+            class_counts=class_counts,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
@@ -223,6 +298,21 @@ class Probe:
     """Number of the view."""
     sha256: str
     """Digest of the view's pixels."""
+
+
+def probed_view(number: int, views: range) -> int:
+    """The view that probe `number` of a cache shows: the one of that number where it is there, so that a part has the whole's probes."""
+    return number if number in views else views[number % len(views)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkippedSample:
+    """A sample that the dump left out because it could not be read."""
+
+    name: str
+    """What the dataset calls it: its file, or its row."""
+    key: str
+    """The digest of the encoded sample in hexadecimal; empty where only decoding it would give one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,6 +335,10 @@ class Provenance:
     """Where the teacher's weights were."""
     dataset_spec: str
     """The dataset's spec with its location, as training opens it by default."""
+    skipped: tuple[SkippedSample, ...] = optional(())
+    """Samples of the dataset that could not be read and were left out."""
+    views: tuple[int, int] | None = optional(None)
+    """First view and view after the last, of views that came later; None for those that the cache began with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +373,8 @@ class Manifest:
     """Files that belong to no block: Zarr metadata, sample keys, labels."""
     blocks: tuple[BlockRecord, ...]
     """Every block with its files: the truth about what is present."""
+    history: tuple[Provenance, ...] = optional(())
+    """Where views come from that were added or merged later."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Top-level keys that this version does not know."""
 

@@ -26,6 +26,13 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     sync_directory(path.parent)
 
 
+def put_in_place(source: Path, target: Path) -> None:
+    """Moves a file that is on the disk already, so that any reader sees it or what was there before."""
+    _make_folder(target.parent)
+    source.replace(target)
+    sync_directory(target.parent)
+
+
 def _make_folder(path: Path) -> None:
     """Makes a folder and those above it, each entry synced into the one that holds it."""
     if not path.is_dir():

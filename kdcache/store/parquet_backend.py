@@ -73,7 +73,7 @@ class ParquetBackend:
         of_samples = [field for field in fields if field.axes and not field.per_view]
         files = []
         for sample_block in range(grid.num_sample_blocks):
-            start, stop = _block_of(grid, sample_block, 0).samples
+            start, stop = grid.sample_range(sample_block)
             table = _table(_sample_places(start, stop), of_samples, {field.name: arrays[field.name][start:stop] for field in of_samples})
             data = _encode([table], of_samples, holds=f"samples {start} to {stop - 1}")
             files.append(write_record(root, _samples_path(sample_block), data))
@@ -95,7 +95,7 @@ class ParquetBackend:
         """A field that belongs to no block: [samples, *inner], or [*inner] for a table."""
         if not field.axes:
             return _decode(root / _table_path(field), _table_places(field), [field])[field.name]
-        ranges = [(index, _sample_places(*_block_of(grid, index, 0).samples)) for index in range(grid.num_sample_blocks)]
+        ranges = [(index, _sample_places(*grid.sample_range(index))) for index in range(grid.num_sample_blocks)]
         return np.concatenate([_decode(root / _samples_path(index), places, [field])[field.name] for index, places in ranges])
 
 
@@ -108,12 +108,7 @@ def _table_path(field: FieldRecord) -> str:
 
 
 def _block_of(grid: BlockGrid, sample_block: int, view: int) -> Block:
-    start, first = sample_block * grid.block_samples, view - view % grid.block_views
-    return Block(
-        sample_block=sample_block,
-        samples=(start, min(start + grid.block_samples, grid.num_samples)),
-        views=(first, min(first + grid.block_views, grid.num_views)),
-    )
+    return Block(sample_block=sample_block, samples=grid.sample_range(sample_block), views=grid.group_of(view))
 
 
 def _record_places(block: Block, view: int) -> Rows:

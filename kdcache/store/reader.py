@@ -2,22 +2,22 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.records.consistency import check_manifest
-from kdcache.records.errors import CacheNotFoundError, FormatError, IncompleteCacheError, IntegrityError, MismatchError
+from kdcache.records.errors import CacheNotFoundError, FormatError, IncompleteCacheError, IntegrityError, KdcacheError, MismatchError
 from kdcache.records.hashing import sha256_file
 from kdcache.records.manifest import MANIFEST_NAME, FieldRecord, FileRecord, Manifest
 from kdcache.store.backends import make_backend
-from kdcache.store.ledger import CONVERT_FOLDER, read_plan
+from kdcache.store.ledger import CONVERT_FOLDER, MERGE_FOLDER, STAGED, read_plan
 from kdcache.store.mapped import MappedCounts, MappedField, MappedRagged, gather_ragged
 from kdcache.store.ragged import record_lengths
 from kdcache.store.windows import Window
-from kdcache.store.zarr_backend import chunk_bytes, chunk_path
+from kdcache.store.zarr_backend import ZARR_METADATA, chunk_bytes, chunk_path
 
 Rows = NDArray[np.int64]
 
@@ -49,6 +49,8 @@ def read_manifest(root: Path) -> Manifest:
         )
     if (root / CONVERT_FOLDER).exists():
         raise IncompleteCacheError(f"the conversion into {root} is not finished; run the same `kdcache convert … {root}` again")
+    if (root / MERGE_FOLDER).exists():
+        raise IncompleteCacheError(f"the merge into {root} is not finished; run the same `kdcache merge … --out {root}` again")
     raise CacheNotFoundError(f"no cache at {root}: expected {path}; `kdcache dump --teacher FILE --data SPEC --out {root}` makes one")
 
 
@@ -103,7 +105,7 @@ class CacheReader:
         Args:
             names: Fields to read; only these, and the counts of ragged ones, are opened.
             rows: Rows in the cache, [records].
-            views: View numbers, [records].
+            views: View numbers, those of `grid.views`, [records].
 
         Returns:
             By field name, [records, *inner]; for ragged fields [records, *positions, most entries], padded with the fill value.
@@ -113,10 +115,10 @@ class CacheReader:
             MismatchError: A row, a view or a field is outside the cache.
         """
         grid = self.manifest.grid
-        _require_within(rows, grid.num_samples, "row")
-        _require_within(views, grid.num_views, "view")
+        _require_within(rows, range(grid.num_samples), "row")
+        _require_within(views, grid.views, "view")
         blocks, offsets = np.divmod(rows, grid.block_samples)
-        return self._source.gather(self._with_counts(names), views * grid.num_sample_blocks + blocks, offsets)
+        return self._source.gather(self._with_counts(names), (views - grid.first_view) * grid.num_sample_blocks + blocks, offsets)
 
     def records(self, names: Sequence[str], *, sample_block: int, view: int) -> dict[str, NDArray[Any]]:
         """All records of one view and range of samples, as they are stored: [samples, *inner], flat [entries] for ragged fields.
@@ -140,6 +142,11 @@ class CacheReader:
         for path in self.backend.shared_paths([field], self.manifest.grid):
             self.require(path)
         return self.backend.read_shared(self.root, field, self.manifest.grid)
+
+    def view_and_range(self, place: int) -> tuple[int, int]:
+        """The view and the range of samples whose records have this place among those of all views and ranges."""
+        view, sample_block = divmod(place, self.manifest.grid.num_sample_blocks)
+        return self.manifest.grid.first_view + view, sample_block
 
     def require(self, path: str) -> FileRecord:
         """Verifies a file, once.
@@ -189,14 +196,30 @@ class CacheReader:
         """What is wrong with a file, or None; a file is read for this once."""
         if file.path in self._verified:
             return None
-        problem = _file_problem(self.root, file)
+        problem = file_problem(self.root, file)
+        if problem and self._has_grown(file):
+            problem = None
         if problem is None:
             self._verified.add(file.path)
         return problem
 
+    def _has_grown(self, file: FileRecord) -> bool:
+        """Whether this is Zarr's own metadata, which nothing here reads, of a cache that is getting, or has got, more views by now."""
+        if PurePosixPath(file.path).name != ZARR_METADATA:
+            return False
+        for path in (self.root / STAGED / MANIFEST_NAME, self.root / MANIFEST_NAME):  # in the order in which one becomes the other
+            try:
+                newer = Manifest.from_bytes(path.read_bytes(), where=str(path))
+            except (OSError, KdcacheError):
+                continue
+            found = [other for other in newer.metadata_files if other.path == file.path]
+            if newer.recipe_key == self.manifest.recipe_key and found and file_problem(self.root, found[0]) is None:
+                return True
+        return False
+
 
 class _Mapped:
-    """Gathers from mapped chunk files; a chunk's place in each window is view · ranges + range."""
+    """Gathers from mapped chunk files; a chunk's place in each window is (view − first view) · ranges + range."""
 
     def __init__(self, reader: CacheReader) -> None:
         self._reader, self._grid = reader, reader.manifest.grid
@@ -232,7 +255,7 @@ class _Mapped:
 
     def _open_chunks(self, window: Window, field: FieldRecord, places: Rows) -> None:
         for place in window.missing(places):
-            view, sample_block = divmod(place, self._grid.num_sample_blocks)
+            view, sample_block = self._reader.view_and_range(place)
             path = chunk_path(field, sample_block=sample_block, view=view)
             size = self._reader.require(path).size_bytes
             try:
@@ -289,7 +312,7 @@ class _Decoded:
         self._kept.move_to_end(place)
         missing = [field for field in fields if field.name not in kept]
         if missing:
-            view, sample_block = divmod(place, self._grid.num_sample_blocks)
+            view, sample_block = self._reader.view_and_range(place)
             kept |= self._reader.records([field.name for field in missing], sample_block=sample_block, view=view)
             for field in missing:
                 if field.lengths:
@@ -324,8 +347,8 @@ def _check_files_listed(manifest: Manifest, *, where: str) -> None:
         raise FormatError(f"{where}: the files that are listed are not the files of the arrays; dump or pull the cache again")
 
 
-def _file_problem(root: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, or None."""
+def file_problem(root: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file of a store, or None."""
     path = root / record.path
     if not path.is_file():
         return "missing"
@@ -336,6 +359,6 @@ def _file_problem(root: Path, record: FileRecord) -> str | None:
     return None if found == record.sha256 else f"content changed: {found}, expected {record.sha256}"
 
 
-def _require_within(values: Rows, count: int, what: str) -> None:
-    if len(values) and not int(values.view(np.uint64).max()) < count:  # a negative number is a very large one here
-        raise MismatchError(f"expected {what}s from 0 to {count - 1}, found {int(values.min())} to {int(values.max())}")
+def _require_within(values: Rows, there: range, what: str) -> None:
+    if len(values) and not int((values - there.start).view(np.uint64).max()) < len(there):  # a negative number is a very large one here
+        raise MismatchError(f"expected {what}s from {there.start} to {there.stop - 1}, found {int(values.min())} to {int(values.max())}")

@@ -24,6 +24,8 @@ from kdcache.store.packing import pack, packed_bytes, unpack
 from kdcache.store.ragged import record_lengths
 
 CRC_BYTES = 4
+ZARR_METADATA = "zarr.json"
+"""Name of the files that say to Zarr what the manifest says of groups and arrays."""
 MOST_PIECES = 512
 """Pieces that a shard has room for: its index takes 16 bytes for each, and half a piece is lost to padding."""
 SMALLEST_PIECE = 256
@@ -253,13 +255,13 @@ def _array_options(field: FieldRecord, grid: BlockGrid) -> dict[str, Any]:
         shard = num_pieces(field, grid) * piece
         attributes = {"lengths": field.lengths.field, "lengths_minus": field.lengths.minus}
         return options | {
-            "shape": (grid.num_views, grid.num_sample_blocks, shard),
+            "shape": (grid.views.stop, grid.num_sample_blocks, shard),
             "chunks": (1, 1, piece),
             "shards": (1, 1, shard),
             "dimension_names": ("view", "block", *names),
             "attributes": options["attributes"] | attributes,
         }
-    lengths = {"view": grid.num_views, "sample": grid.num_samples}
+    lengths = {"view": grid.views.stop, "sample": grid.num_samples}
     cut = {"view": 1, "sample": grid.block_samples}
     return options | {
         "shape": (*(lengths[axis] for axis in field.axes), *inner),

@@ -1,27 +1,21 @@
 """`kdcache convert`, `pack` and `unpack`: the same records in another layout of files, block by block. No torch."""
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from kdcache.records.errors import ConfigError, ExistsError, IntegrityError
-from kdcache.records.hashing import canonical_json
+from kdcache.records.errors import ConfigError, IntegrityError
 from kdcache.records.manifest import MANIFEST_NAME, BlockRecord, Manifest
 from kdcache.records.progress import Progress, Silent
 from kdcache.store.backends import LAYOUTS, Backend, make_backend
 from kdcache.store.content import content_digest
-from kdcache.store.files import exclusive_lock, write_atomically
-from kdcache.store.ledger import CONVERT_FOLDER as FOLDER
+from kdcache.store.destination import claimed
+from kdcache.store.files import write_atomically
+from kdcache.store.ledger import CONVERT_FOLDER
 from kdcache.store.reader import CacheReader, read_manifest
-
-PLAN = "plan.json"
-"""In it: of which cache, and to which layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,33 +56,14 @@ def convert(source: Path, destination: Path, *, layout: str, progress: Progress 
         raise ConfigError(f"unknown layout {layout!r}; expected one of: {', '.join(LAYOUTS)}")
     reader = CacheReader(source)
     backend = make_backend(layout, reader.manifest.fields)
-    with _begun(destination, {"content": reader.manifest.content, "layout": layout, "recipe_key": reader.manifest.recipe_key}):
-        if (destination / MANIFEST_NAME).exists():  # killed between the last two lines below
+    plan = {"content": reader.manifest.content, "layout": layout, "recipe_key": reader.manifest.recipe_key}
+    with claimed(destination, plan, folder=CONVERT_FOLDER, work="conversion", other="of another cache or to another layout"):
+        if (destination / MANIFEST_NAME).exists():  # killed when all was done
             manifest = read_manifest(destination)
         else:
             manifest = _convert_files(reader, destination, backend, progress or Silent())
             write_atomically(destination / MANIFEST_NAME, manifest.to_bytes())
-        shutil.rmtree(destination / FOLDER)
     return ConvertResult(path=destination, manifest=manifest, source_size_bytes=reader.manifest.size_bytes, size_bytes=manifest.size_bytes)
-
-
-@contextmanager
-def _begun(destination: Path, plan: dict[str, str]) -> Iterator[None]:
-    """Marks the destination as an unfinished conversion, which nobody else can go on with while the body runs."""
-    _require_free(destination, plan)
-    with exclusive_lock(destination / FOLDER / "lock", holder="a conversion"):
-        _require_free(destination, plan)  # somebody may have been quicker
-        write_atomically(destination / FOLDER / PLAN, canonical_json(plan))
-        yield
-
-
-def _require_free(destination: Path, plan: dict[str, str]) -> None:
-    path = destination / FOLDER / PLAN
-    if path.exists():
-        if json.loads(path.read_bytes()) != plan:
-            raise ExistsError(f"{destination} holds an unfinished conversion of another cache or to another layout; remove it")
-    elif destination.exists() and any(child.name != FOLDER for child in destination.iterdir()):
-        raise ExistsError(f"{destination} is not empty; choose another directory, or remove it")
 
 
 def _convert_files(reader: CacheReader, destination: Path, backend: Backend, progress: Progress) -> Manifest:
@@ -118,7 +93,7 @@ def _classes(reader: CacheReader) -> Iterator[Mapping[str, NDArray[Any]]]:
     """The classes of all records, view by view and range by range."""
     grid = reader.manifest.grid
     for sample_block in range(grid.num_sample_blocks):
-        for view in range(grid.num_views):
+        for view in grid.views:
             yield reader.records(["logits/index"], sample_block=sample_block, view=view)
 
 

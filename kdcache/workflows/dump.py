@@ -5,7 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from kdcache.learning.cache import make_probes
 from kdcache.learning.checkpoints import LoadedModel
-from kdcache.learning.datasets import Dataset
+from kdcache.learning.datasets import Dataset, with_absolute_paths
 from kdcache.learning.views import library_versions
-from kdcache.records.consistency import LARGEST_BLOCK_BYTES, entries_bytes
-from kdcache.records.errors import ConfigError
+from kdcache.records.errors import CacheExistsError, ConfigError, MismatchError
 from kdcache.records.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -37,28 +36,19 @@ from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
 from kdcache.store.backends import Backend, make_backend
 from kdcache.store.content import content_digest
-from kdcache.store.files import write_atomically
-from kdcache.store.ledger import BlockLedger, DumpPlan, read_plan
-from kdcache.store.reader import read_manifest
-from kdcache.store.zarr_backend import row_bytes
+from kdcache.store.ledger import BlockLedger, DumpPlan, read_plan, shown_views
+from kdcache.store.reader import CacheReader, read_manifest
 from kdcache.targets.codecs import Codec, make_codec
 from kdcache.targets.coding import smallest_unsigned
 from kdcache.targets.profile import profile_field, profile_table
+from kdcache.workflows.cutting import ALL_VIEWS, cut_into_blocks, views_of
 from kdcache.workflows.devices import Precision
 from kdcache.workflows.teaching import BlockWorker, Teacher, open_teacher
 
-ROWS_IN_A_BLOCK = 65_536
-"""Most rows of a chunk file, where opening costs nothing against reading …"""
-BYTES_IN_A_BLOCK = 8 * 2**20
-"""… unless it would be larger than this."""
-SMALLEST_BLOCKS = 4
-"""A small set is cut into at least this many sample ranges, so that a killed dump does not begin from nothing …"""
-FEWEST_ROWS = 4096
-"""… unless they would be smaller than this."""
+NAMED_SAMPLES = 10
+"""Samples that a note names."""
 DUMP_LAYOUTS = ("zarr", "parquet")
 """The compact layout is learned from all records, so it is made of a cache that is there already."""
-VIEWS_IN_A_BLOCK = 4
-"""Views made from one decoded sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +60,7 @@ class DumpResult:
     manifest: Manifest
     """What it says of itself."""
     blocks_computed: int
-    """Blocks that this run computed; the rest were there."""
+    """Blocks that this run computed; the rest were there, or were not asked for."""
 
 
 def dump(
@@ -79,7 +69,7 @@ def dump(
     out: Path,
     *,
     arch: str | None = None,
-    views: int = 4,
+    views: int | str = 4,
     augment: str = "crop-flip",
     codec: str = "auto",
     seed: int = 0,
@@ -89,6 +79,7 @@ def dump(
     precision: Precision = "auto",
     device: str = "auto",
     license: str | None = None,  # noqa: A002
+    skip_unreadable: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
@@ -97,12 +88,17 @@ def dump(
     Run again, it computes the blocks that are not marked yet; killed at any moment and run again, it ends in the same
     bytes as an undisturbed run (same machine and versions).
 
+    Run with more views where a cache of the same recipe is, it computes the new ones only. The cache can be read all the while.
+    It ends as a dump of all views at once would have, but for what depends on history: its profile stays the one of the views
+    that it began with, its groups of views are those in which they were dumped, and its provenance tells of both dumps.
+
     Args:
         teacher: The teacher's file; see `load_model`.
         data: Dataset spec.
         out: The cache's directory.
         arch: The teacher's architecture where its file does not say it.
-        views: Views of each sample.
+        views: Views of each sample; or `FIRST:STOP`, such as `8:16` for views 8 to 15, for a part that `merge` joins with others; or
+            `all` views that the augmentation can make, where their number is finite.
         augment: Pipeline name or TOML file.
         codec: Codec spec, see `make_codec`; `auto` keeps everything for few classes and the top 16 for many.
         seed: Seed of the views.
@@ -112,6 +108,7 @@ def dump(
         precision: Arithmetic of the forward pass.
         device: Where the teacher runs.
         license: Licence of the labels, for those who share them.
+        skip_unreadable: Whether to read every sample before the first block, and to leave out, and record, those that cannot be read.
         command: What the user typed, for the provenance; None for a call from Python.
         progress: Told how far it is.
 
@@ -119,10 +116,13 @@ def dump(
         SpecError: Unknown dataset, pipeline or codec.
         ConfigError: A number is out of its range, or a dump cannot write this layout.
         CheckpointError: The teacher cannot be loaded.
-        MismatchError: Teacher and dataset have different class counts, or a label is no class.
+        MismatchError: Teacher and dataset have different class counts, a label is no class, or it is another one than in the cache that
+            is to get more views.
         CacheBusyError: Another process dumps there.
-        CacheExistsError: Another recipe's cache is there; the differing fields are listed.
+        CacheExistsError: Another recipe's cache is there, and the differing fields are listed; or it is packed, or other views are
+            there than those before the ones that are asked for.
         TeacherError: The teacher gave NaN, infinity or a wrong shape; the sample is named, its block not written.
+        UnreadableSampleError: A sample cannot be read; it is named.
     """
     progress = progress or Silent()
     if layout not in DUMP_LAYOUTS:
@@ -130,43 +130,84 @@ def dump(
             f"expected a layout of {', '.join(DUMP_LAYOUTS)}, found {layout!r}; `kdcache convert` makes others of a whole cache"
         )
     running, loaded = open_teacher(
-        teacher, data, arch=arch, augment=augment, seed=seed, batch_size=batch_size, precision=precision, device=device
-    )
+        teacher, data, arch=arch, augment=augment, seed=seed, batch_size=batch_size, precision=precision, device=device,
+        enumerated=views == ALL_VIEWS, skip_unreadable=skip_unreadable, progress=progress,
+    )  # fmt: skip
     dataset = running.dataset
     asked_codec = make_codec(Spec.parse(codec), num_classes=dataset.num_classes)
-    provenance = _provenance(teacher, Spec.parse(data), batch_size=batch_size, device=running.device, command=command)
-    measured_codec, positions = _measure(running, asked_codec, out)
+    _tell_of_skipped(dataset, progress)
+    provenance = _provenance(teacher, dataset, batch_size=batch_size, device=running.device, command=command)
+    complete = read_manifest(out) if (out / MANIFEST_NAME).exists() else None
+    measured_codec, positions = _measure(running, asked_codec, _known_calibration(out, complete, asked_codec))
     fields = measured_codec.fields(positions)
     plan = DumpPlan(
         recipe=Recipe(
             teacher=_teacher_record(loaded, dataset, running.precision, positions),
             dataset=dataset.record(),
-            views=running.views.record,
+            views=running.samples.views.record,
             codec=str(measured_codec.spec),
         ),
         layout=layout,
-        grid=cut_into_blocks(len(dataset), fields, views=views, block_samples=block_samples),
+        grid=cut_into_blocks(
+            len(dataset), fields, views=views_of(views, num_all=running.samples.views.num_all), block_samples=block_samples
+        ),
         batch_size=batch_size,
         calibration=dict(measured_codec.calibration),
     )
-    worker = BlockWorker(running, measured_codec, fields)
-    with BlockLedger.open(out, plan) as ledger:
-        if (out / MANIFEST_NAME).exists():
-            manifest = read_manifest(out)
-            computed = 0
-            progress.note(f"{out} is complete already")
+    if complete:
+        plan = _plan_to_grow(plan, complete, out, dataset, fields, keep_cut=block_samples is None)
+        _require_same_licence(license, complete, out)
+    worker = BlockWorker(running, measured_codec, fields, sums_profile=measured_codec.keeps_profile and complete is None)
+    with BlockLedger.open(out, plan, complete) as ledger:
+        computed = 0
+        if complete and ledger.is_complete:
+            manifest = complete
+            progress.note(f"{out} is complete already; it holds {complete.grid.num_views} views")
         else:
             backend = make_backend(layout, fields)
+            if complete:
+                added = range(complete.grid.views.stop, plan.grid.views.stop)
+                progress.note(f"{out} holds views {shown_views(complete.grid.views)}; adding {shown_views(added)}")
             computed = _dump_blocks(out, plan, ledger, worker, backend, progress)
-            manifest = _commit(out, plan, ledger, worker, backend, provenance, license)
+            manifest = _commit(plan, ledger, worker, backend, complete, provenance, license)
         ledger.close()
     return DumpResult(path=out, manifest=manifest, blocks_computed=computed)
 
 
-def _measure(teacher: Teacher, codec: Codec, out: Path) -> tuple[Codec, tuple[int, ...]]:
-    """The codec with its constants, from an unfinished dump or measured now, and the position axes of the teacher's answers."""
+def _plan_to_grow(
+    plan: DumpPlan, complete: Manifest, root: Path, dataset: Dataset, fields: Sequence[FieldRecord], *, keep_cut: bool
+) -> DumpPlan:
+    """The plan where there is a cache already: that cache's grid, with as many more views as were asked for and are not there."""
+    if keep_cut:
+        plan = replace(plan, grid=replace(plan.grid, block_samples=complete.grid.block_samples))
+    grown = plan.beside(complete, root=root)
+    stored = tuple(field for field in complete.fields if field.per_view)
+    if grown.grid != complete.grid and (
+        stored != tuple(fields) or content_digest({"label": [_labels(dataset)]}) != complete.contents["label"]
+    ):
+        raise MismatchError(
+            f"{root} has the recipe that was asked for, but other labels or fields than it would get now: the dataset's labels have"
+            " changed, or another version of kdcache wrote it; choose another --out"
+        )
+    return grown
+
+
+def _require_same_licence(licence: str | None, complete: Manifest, root: Path) -> None:
+    if licence and complete.license and licence != complete.license:
+        raise CacheExistsError(f"{root} is under the licence {complete.license!r}, asked for was {licence!r}; choose another --out")
+
+
+def _known_calibration(out: Path, complete: Manifest | None, codec: Codec) -> dict[str, float]:
+    """The codec's constants where they were measured already: for a complete cache, or for a dump that was begun."""
     begun = read_plan(out)
-    constants = begun[0].calibration if begun and begun[0].recipe.codec == str(codec.spec) else {}
+    for found in (complete, begun and begun[0]):
+        if found and found.recipe.codec == str(codec.spec):
+            return found.calibration
+    return {}
+
+
+def _measure(teacher: Teacher, codec: Codec, constants: dict[str, float]) -> tuple[Codec, tuple[int, ...]]:
+    """The codec with its constants, known or measured now, and the position axes of the teacher's answers."""
     ((_, first),) = teacher.sample(1)
     positions = tuple(first.shape[1:-1])
     if constants:
@@ -194,22 +235,23 @@ def _dump_blocks(out: Path, plan: DumpPlan, ledger: BlockLedger, worker: BlockWo
 
 
 def _commit(
-    out: Path,
     plan: DumpPlan,
     ledger: BlockLedger,
     worker: BlockWorker,
     backend: Backend,
+    complete: Manifest | None,
     provenance: Provenance,
     licence: str | None,
 ) -> Manifest:
     """Writes what belongs to no block and, last, the manifest."""
     dataset, grid = worker.teacher.dataset, plan.grid
-    shared = _shared_fields(worker, ledger, grid)
+    shared = _stored_shared_fields(ledger.root) if complete else _shared_fields(worker, ledger, grid)
     fields = (*worker.fields, *(field for field, _ in shared))
     arrays = {field.name: array for field, array in shared}
     records = [ledger.find(block) for block in grid.blocks()]
     blocks = tuple(record for record in records if record is not None)
     assert len(blocks) == len(records), "a block lost its mark"
+    class_counts = np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         recipe=plan.recipe,
@@ -219,26 +261,54 @@ def _commit(
         fields=fields,
         calibration=plan.calibration,
         contents={name: content_digest({name: [array]}) for name, array in arrays.items()},
-        statistics=_statistics(blocks, dataset),
-        probes=make_probes(dataset, worker.teacher.views, num_views=grid.num_views),
+        statistics=Statistics.of_blocks(blocks, class_counts=tuple(class_counts)),
+        probes=make_probes(worker.teacher.samples, views=grid.views),
         provenance=provenance,
         license=licence,
-        metadata_files=backend.write_shared(out, fields, grid, arrays),
+        metadata_files=backend.write_shared(ledger.staged, fields, grid, arrays),
         blocks=blocks,
     )
-    write_atomically(out / MANIFEST_NAME, manifest.to_bytes())
+    if complete:
+        manifest = _with_history(manifest, complete, backend)
+    ledger.commit(manifest)
     return manifest
+
+
+def _with_history(grown: Manifest, before: Manifest, backend: Backend) -> Manifest:
+    """The manifest of a cache that got more views: what holds labels and tables stays as it is, and so does what it was before."""
+    stored = set(backend.shared_paths([field for field in before.fields if not field.per_view], before.grid))
+    kept = {file.path: file for file in before.metadata_files if file.path in stored}
+    return replace(
+        grown,
+        format_version=before.format_version,
+        provenance=before.provenance,
+        history=(*before.history, replace(grown.provenance, views=(before.grid.views.stop, grown.grid.views.stop))),
+        license=grown.license or before.license,
+        metadata_files=tuple(kept.get(file.path, file) for file in grown.metadata_files),
+        extra=before.extra,
+    )
+
+
+def _stored_shared_fields(root: Path) -> list[tuple[FieldRecord, NDArray[Any]]]:
+    """The fields that belong to no block, as a complete cache has them."""
+    reader = CacheReader(root)
+    return [(field, reader.shared(field.name)) for field in reader.manifest.fields if not field.per_view]
 
 
 def _shared_fields(worker: BlockWorker, ledger: BlockLedger, grid: BlockGrid) -> list[tuple[FieldRecord, NDArray[Any]]]:
     """The fields that belong to no block: sample keys, labels and, if the codec keeps one, the profile."""
     dataset = worker.teacher.dataset
     key, label = sample_fields(dataset)
-    shared: list[tuple[FieldRecord, NDArray[Any]]] = [(key, dataset.keys), (label, dataset.labels.astype(label.dtype))]
+    shared: list[tuple[FieldRecord, NDArray[Any]]] = [(key, dataset.keys), (label, _labels(dataset))]
     if worker.codec.keeps_profile:
         sums = sum((ledger.sums(block) for block in grid.blocks()), start=np.zeros((), np.int64))
         shared.append((profile_field(worker.codec.num_classes), profile_table(sums)))
     return shared
+
+
+def _labels(dataset: Dataset) -> NDArray[Any]:
+    """The labels as they are stored."""
+    return dataset.labels.astype(sample_fields(dataset)[1].dtype)
 
 
 def sample_fields(dataset: Dataset) -> tuple[FieldRecord, FieldRecord]:
@@ -248,43 +318,22 @@ def sample_fields(dataset: Dataset) -> tuple[FieldRecord, FieldRecord]:
     return key, FieldRecord(name="label", dtype=label_dtype, inner=(), inner_names=(), axes=SAMPLE_AXES, fill_value=no_label)
 
 
-def _statistics(blocks: tuple[BlockRecord, ...], dataset: Dataset) -> Statistics:
-    totals: dict[str, float] = {}
-    for block in blocks:
-        for name, value in block.totals.items():
-            totals[name] = totals.get(name, 0.0) + value
-    retained = {name.partition("@")[2]: value / totals["records"] for name, value in totals.items() if "@" in name}
-    return Statistics(
-        teacher_accuracy=totals["top1_hits"] / totals["records"] if "top1_hits" in totals else None,
-        retained_mass=retained,
-        entries=totals["entries"] / totals["records"],
-        class_counts=tuple(np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()),
-    )
-
-
 def _teacher_record(loaded: LoadedModel, dataset: Dataset, precision: Precision, positions: tuple[int, ...]) -> TeacherRecord:
     return TeacherRecord(
         spec=str(loaded.spec), sha256=loaded.sha256, num_classes=dataset.num_classes, precision=precision, positions=positions
     )
 
 
-def cut_into_blocks(num_samples: int, fields: Sequence[FieldRecord], *, views: int, block_samples: int | None) -> BlockGrid:
-    """Cuts the work so that chunk files are of equal length, not too long and not padded by more than a few rows."""
-    if views < 1 or (block_samples is not None and block_samples < 1):
-        raise ConfigError(f"expected at least one view and one sample in a block, found {views} and {block_samples}")
-    most = LARGEST_BLOCK_BYTES // max(entries_bytes(field) for field in fields)
-    if most < (block_samples or 1):
-        raise ConfigError(f"records of this size allow at most {most} samples in a block, found --block-samples {block_samples}")
-    by_size = BYTES_IN_A_BLOCK // max(row_bytes(field) for field in fields if field.lengths is None)
-    by_number = max(FEWEST_ROWS, -(-num_samples // SMALLEST_BLOCKS))
-    largest = block_samples or max(1, min(ROWS_IN_A_BLOCK, most, by_size, by_number))
-    num_blocks = -(-num_samples // largest)
-    return BlockGrid(
-        num_samples=num_samples, num_views=views, block_samples=-(-num_samples // num_blocks), block_views=min(views, VIEWS_IN_A_BLOCK)
-    )
+def _tell_of_skipped(dataset: Dataset, progress: Progress) -> None:
+    if dataset.skipped:
+        first = ", ".join(sample.name for sample in dataset.skipped[:NAMED_SAMPLES])
+        more = f", … ({MANIFEST_NAME} will name all)" if len(dataset.skipped) > NAMED_SAMPLES else ""
+        progress.note(
+            f"left out {len(dataset.skipped)} of {len(dataset) + len(dataset.skipped)} samples that cannot be read: {first}{more}"
+        )
 
 
-def _provenance(teacher: Path, data: Spec, *, batch_size: int, device: torch.device, command: str | None) -> Provenance:
+def _provenance(teacher: Path, dataset: Dataset, *, batch_size: int, device: torch.device, command: str | None) -> Provenance:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     created = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     return Provenance(
@@ -295,14 +344,9 @@ def _provenance(teacher: Path, data: Spec, *, batch_size: int, device: torch.dev
         batch_size=batch_size,
         versions={"python": platform.python_version(), "numpy": np.__version__, **library_versions()},
         teacher_file=str(teacher).encode("utf-8", "replace").decode(),
-        dataset_spec=str(_with_absolute_root(data)),
+        dataset_spec=str(with_absolute_paths(dataset.spec)),
+        skipped=dataset.skipped,
     )
-
-
-def _with_absolute_root(data: Spec) -> Spec:
-    """So that training finds the dataset from any folder of this machine."""
-    root = data.options.get("root")
-    return data if root is None else data.with_options(root=str(Path(str(root)).absolute()))
 
 
 def _user() -> str:

@@ -12,6 +12,18 @@ from kdcache.store.reader import CacheReader, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """Views that are being added to a complete cache, which can be read all the while."""
+
+    num_views: int
+    """Views of each sample when it is done."""
+    blocks_done: int
+    """Blocks of the new views on the disk."""
+    blocks_total: int
+    """Blocks of the new views."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CacheInfo:
     """A cache at a glance."""
 
@@ -21,6 +33,8 @@ class CacheInfo:
     """What determines its numbers, as one digest."""
     recipe: Recipe
     """What determines its numbers."""
+    first_view: int
+    """Number of the first view; more than 0 for a part."""
     num_views: int
     """Views of each sample."""
     blocks_done: int
@@ -35,6 +49,8 @@ class CacheInfo:
     """What the full logits of the same views take as float32."""
     record_bytes: float
     """Bytes of a record, one (sample, view), on average; 0 while a dump is not finished."""
+    growth: Growth | None
+    """Views that are being added; None where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +91,7 @@ def info(cache: Path) -> CacheInfo:
         path=cache,
         recipe_key=manifest.recipe_key if manifest else recipe.key,
         recipe=recipe,
+        first_view=grid.first_view,
         num_views=grid.num_views,
         blocks_done=done,
         blocks_total=len(grid.blocks()),
@@ -82,7 +99,16 @@ def info(cache: Path) -> CacheInfo:
         size_bytes=manifest.size_bytes if manifest else 0,
         float32_bytes=4 * grid.num_samples * grid.num_views * math.prod((*recipe.teacher.positions, recipe.teacher.num_classes)),
         record_bytes=_record_bytes(manifest) if manifest else 0.0,
+        growth=_growth(cache, manifest) if manifest else None,
     )
+
+
+def _growth(cache: Path, manifest: Manifest) -> Growth | None:
+    begun = read_plan(cache)
+    if begun is None or begun[0].grid.views.stop <= manifest.grid.views.stop:
+        return None
+    plan, done = begun
+    return Growth(num_views=plan.grid.num_views, blocks_done=done, blocks_total=plan.grid.num_blocks - manifest.grid.num_blocks)
 
 
 def _record_bytes(manifest: Manifest) -> float:
