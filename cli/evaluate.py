@@ -22,16 +22,18 @@ Examples:
 @arch_option
 @click.option("--teacher", type=PATH, help="A second model file: the agreement with it is measured.")
 @click.option("--teacher-arch", help="The teacher's architecture where its file does not say it.")
+@click.option("--input-size", help="Pixels of the images that the model gets, 160 or 160x192; by default what its file says.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a forward pass.")
 @device_option
 @config_option
 @json_option
 def evaluate(
-    model: Path, data: str, arch: str | None, teacher: Path | None, teacher_arch: str | None, batch_size: int, device: str, as_json: bool
-) -> None:
+    model: Path, data: str, arch: str | None, teacher: Path | None, teacher_arch: str | None,
+    input_size: str | None, batch_size: int, device: str, as_json: bool,
+) -> None:  # fmt: skip
     """Measure a network on a dataset: accuracy, recall, calibration, agreement with a teacher."""
     result = kdcache.evaluate(
-        model, data, arch=arch, teacher=teacher, teacher_arch=teacher_arch,
+        model, data, arch=arch, teacher=teacher, teacher_arch=teacher_arch, input_size=input_size,
         batch_size=batch_size, device=device, progress=ConsoleProgress(),
     )  # fmt: skip
     pairs = {

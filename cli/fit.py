@@ -21,7 +21,7 @@ Examples:
 @click.option("--model", required=True, help="Model spec; see: kdcache models.")
 @click.option("--data", required=True, help="Dataset spec, such as fashion-mini.")
 @click.option("--out", type=PATH, required=True, help="The .safetensors file to make.")
-@click.option("--augment", default="crop-flip", show_default=True, help="none, crop-flip, rrc-flip or a TOML file.")
+@click.option("--augment", default="crop-flip", show_default=True, help="Name or TOML file; see kdcache augment.")
 @click.option("--eval-data", help="Held-out dataset spec; by default the dataset's own test split.")
 @training_options
 @config_option

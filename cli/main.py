@@ -20,7 +20,9 @@ COMMANDS = {
     "convert": "Copy a cache into another layout: zarr, parquet, compact.",
     "pack": "Copy a cache into its smallest layout.",
     "unpack": "Copy a packed cache into the layout for training.",
+    "merge": "Join caches that hold different views of one recipe.",
     "models": "The model specs that are known.",
+    "augment": "The named augmentations: list them, print one to edit.",
 }
 """Command to summary, in the order of the work. A command's module is imported only when it is run."""
 

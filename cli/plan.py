@@ -24,7 +24,7 @@ Examples:
 @arch_option
 @click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Samples that the teacher answers.")
 @click.option("--views", type=click.IntRange(min=1), default=4, show_default=True, help="Views of each sample in the cache.")
-@click.option("--augment", default="crop-flip", show_default=True, help="none, crop-flip, rrc-flip or a TOML file.")
+@click.option("--augment", default="crop-flip", show_default=True, help="Name or TOML file; see kdcache augment.")
 @click.option("--temperature", type=float, default=4.0, show_default=True, help="Temperature of the students' KD loss.")
 @click.option("--budget", metavar="SIZE", help="Largest cache: 1GB, 500MB, 2GiB or bytes; by default any.")
 @click.option("--kl", type=float, default=0.05, show_default=True, help="Largest KL(full ‖ cached) at this temperature, in nats.")

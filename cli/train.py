@@ -30,14 +30,21 @@ Examples:
               help="What stands for the classes that were not kept.")  # fmt: skip
 @click.option("--order", type=click.Choice(["auto", "random", "windows"]), default="auto", show_default=True,
               help="Order of the samples; windows reads a few ranges at a time, for stores without quick random access.")  # fmt: skip
+@click.option("--view-order", type=click.Choice(["auto", "cycle", "random"]), default="auto", show_default=True,
+              help="How a sample's views follow each other; auto: a cycle, or random ones of --views all.")  # fmt: skip
+@click.option("--views-per-load", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Views made of each decoded sample for one batch; more decode less.")  # fmt: skip
+@click.option("--input-size", help="Pixels of the students' images, 160 or 160x192; by default as the teacher saw them.")
 @click.option("--allow-changed-pixels", is_flag=True,
               help="Train even if the students would see other pixels than the teacher saw.")  # fmt: skip
+@click.option("--skip-unknown", is_flag=True, help="Leave out samples that are not in the cache: changed or added ones.")
 @training_options
 @config_option
 @json_option
 def train(
     student: tuple[str, ...], cache: Path, out: Path, data: str | None, eval_data: str | None,
-    temperature: float, alpha: float, hard: float, tail: Any, order: Any, allow_changed_pixels: bool, as_json: bool, **options: Any,
+    temperature: float, alpha: float, hard: float, tail: Any, order: Any,
+    view_order: Any, views_per_load: int, input_size: str | None, allow_changed_pixels: bool, skip_unknown: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train students from a cache; the teacher is not needed.
 
@@ -48,7 +55,11 @@ def train(
         distillation=kdcache.DistillationOptions(temperature=temperature, alpha=alpha, hard=hard, tail=tail),
         options=kdcache.TrainingOptions(**options),
         order=order,
+        view_order=view_order,
+        views_per_load=views_per_load,
+        input_size=input_size,
         allow_changed_pixels=allow_changed_pixels,
+        skip_unknown=skip_unknown,
         progress=ConsoleProgress(),
     )  # fmt: skip
     summary = {"students": result.students, "metrics": result.metrics}

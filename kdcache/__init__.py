@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kdcache.learning.augmentations import PIPELINES as PIPELINES
+    from kdcache.learning.augmentations import AugmentationListing as AugmentationListing
+    from kdcache.learning.augmentations import augmentation_text as augmentation_text
+    from kdcache.learning.augmentations import list_augmentations as list_augmentations
     from kdcache.learning.cache import Cache as Cache
     from kdcache.learning.losses import TAILS as TAILS
     from kdcache.learning.losses import distillation_loss as distillation_loss
     from kdcache.learning.losses import hard_label_loss as hard_label_loss
     from kdcache.learning.losses import kd_loss as kd_loss
     from kdcache.learning.models import PRESETS as PRESETS
-    from kdcache.learning.views import PIPELINES as PIPELINES
     from kdcache.records.errors import CacheBusyError as CacheBusyError
     from kdcache.records.errors import CacheExistsError as CacheExistsError
     from kdcache.records.errors import CacheNotFoundError as CacheNotFoundError
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from kdcache.records.errors import MismatchError as MismatchError
     from kdcache.records.errors import SpecError as SpecError
     from kdcache.records.errors import TeacherError as TeacherError
+    from kdcache.records.errors import UnreadableSampleError as UnreadableSampleError
     from kdcache.records.manifest import Manifest as Manifest
     from kdcache.records.manifest import Recipe as Recipe
     from kdcache.records.progress import Progress as Progress
@@ -46,8 +50,12 @@ if TYPE_CHECKING:
     from kdcache.workflows.fit import FitResult as FitResult
     from kdcache.workflows.fit import fit as fit
     from kdcache.workflows.learner import TrainingOptions as TrainingOptions
+    from kdcache.workflows.merge import MergeResult as MergeResult
+    from kdcache.workflows.merge import merge as merge
     from kdcache.workflows.plan import PlanResult as PlanResult
     from kdcache.workflows.plan import plan as plan
+    from kdcache.workflows.replay import ReplayResult as ReplayResult
+    from kdcache.workflows.replay import replay as replay
     from kdcache.workflows.tradeoff import PlannedCodec as PlannedCodec
     from kdcache.workflows.train import DistillationOptions as DistillationOptions
     from kdcache.workflows.train import Student as Student
@@ -59,6 +67,7 @@ if TYPE_CHECKING:
     from kdcache.workflows.verify import verify as verify
 
 _PUBLIC = {
+    "AugmentationListing": "kdcache.learning.augmentations",
     "Cache": "kdcache.learning.cache",
     "CacheBusyError": "kdcache.records.errors",
     "CacheExistsError": "kdcache.records.errors",
@@ -78,14 +87,16 @@ _PUBLIC = {
     "IntegrityError": "kdcache.records.errors",
     "KdcacheError": "kdcache.records.errors",
     "Manifest": "kdcache.records.manifest",
+    "MergeResult": "kdcache.workflows.merge",
     "MismatchError": "kdcache.records.errors",
     "ModelListing": "kdcache.workflows.catalog",
-    "PIPELINES": "kdcache.learning.views",
+    "PIPELINES": "kdcache.learning.augmentations",
     "PRESETS": "kdcache.learning.models",
     "PlanResult": "kdcache.workflows.plan",
     "PlannedCodec": "kdcache.workflows.tradeoff",
     "Progress": "kdcache.records.progress",
     "Recipe": "kdcache.records.manifest",
+    "ReplayResult": "kdcache.workflows.replay",
     "SoftTargets": "kdcache.targets.soft_targets",
     "SpecError": "kdcache.records.errors",
     "Student": "kdcache.workflows.train",
@@ -93,7 +104,9 @@ _PUBLIC = {
     "TeacherError": "kdcache.records.errors",
     "TrainResult": "kdcache.workflows.train",
     "TrainingOptions": "kdcache.workflows.learner",
+    "UnreadableSampleError": "kdcache.records.errors",
     "VerifyResult": "kdcache.workflows.verify",
+    "augmentation_text": "kdcache.learning.augmentations",
     "convert": "kdcache.workflows.convert",
     "demo": "kdcache.workflows.demo",
     "distillation_loss": "kdcache.learning.losses",
@@ -103,8 +116,11 @@ _PUBLIC = {
     "hard_label_loss": "kdcache.learning.losses",
     "info": "kdcache.workflows.verify",
     "kd_loss": "kdcache.learning.losses",
+    "list_augmentations": "kdcache.learning.augmentations",
     "list_models": "kdcache.workflows.catalog",
+    "merge": "kdcache.workflows.merge",
     "plan": "kdcache.workflows.plan",
+    "replay": "kdcache.workflows.replay",
     "train": "kdcache.workflows.train",
     "verify": "kdcache.workflows.verify",
 }

@@ -11,9 +11,9 @@ KDCACHE = Path(sys.executable).with_name("kdcache")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment without settings that would change what a command does."""
+    """The environment without settings that would change what a command does; with one thread, as tests may run side by side."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("KDCACHE_")}
-    return {**inherited, "SOURCE_DATE_EPOCH": "1700000000", "COLUMNS": "120", **extra}
+    return {**inherited, "SOURCE_DATE_EPOCH": "1700000000", "COLUMNS": "120", "OMP_NUM_THREADS": "1", **extra}
 
 
 def kdcache(*arguments: str | Path, cwd: Path, exits: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:

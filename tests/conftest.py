@@ -1,5 +1,6 @@
 """What all tests share: tensor shapes are enforced, and the installed command is at hand."""
 
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -33,7 +34,14 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 HOOKED = ("kdcache.targets", "kdcache.learning")
 assert not any(name.startswith(HOOKED) for name in sys.modules), "imported before the shapes could be enforced"
 install_import_hook(list(HOOKED), f"{__name__}.checked")
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported: nothing is fetched
 torch.set_num_threads(1)  # tensors are small here: a second thread costs more than it gives, many times so on a busy machine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What kdcache keeps for the user lies elsewhere while tests run."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("user-cache"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from commands import KDCACHE, environment, kdcache, kdcache_json
 from kdcache.data import embedded_teacher
 
-COMMANDS = ("demo", "fit", "plan", "dump", "train", "evaluate", "info", "verify", "convert", "pack", "unpack", "models")
+COMMANDS = ("demo", "fit", "plan", "dump", "train", "evaluate", "info", "verify", "convert", "pack", "unpack", "merge", "models", "augment")
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "kdcache.learning": {"kdcache.records", "kdcache.data", "kdcache.store", "kdcache.targets"},
     "kdcache.workflows": {"kdcache.records", "kdcache.data", "kdcache.store", "kdcache.targets", "kdcache.learning"},
 }
-MODULES = [(layer, path) for layer, folder in FOLDERS.items() for path in sorted(folder.glob("*.py"))]
+MODULES = [(layer, path) for layer, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
 CLI_MODULES = sorted((ROOT / "cli").glob("*.py"))
 
 
@@ -59,7 +59,7 @@ def modules_loaded_by(*arguments: str | Path) -> set[str]:
 
 def test_every_folder_of_the_package_is_a_known_layer() -> None:
     """A folder with code in it cannot escape the order of the layers by being new."""
-    folders = {f"kdcache.{path.parent.name}" for path in (ROOT / "kdcache").glob("*/*.py")}
+    folders = {layer_of(".".join(path.relative_to(ROOT).parts)) for path in (ROOT / "kdcache").glob("*/**/*.py")}
     assert folders | {"kdcache.data"} == set(MAY_IMPORT)
     assert {layer for layer, _ in MODULES} == set(MAY_IMPORT)
 

@@ -1,6 +1,8 @@
 """`kdcache evaluate`: how good a network is, and how like its teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error, multiclass_recall
 
+from kdcache.learning.augmentations import read_size
 from kdcache.learning.checkpoints import LoadedModel, load_model
 from kdcache.learning.datasets import Dataset, open_dataset
-from kdcache.learning.loader import to_unit_range
+from kdcache.learning.loader import stack_images, to_unit_range
+from kdcache.learning.samples import End, EvaluationEnd
 from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
@@ -45,6 +49,7 @@ def evaluate(
     arch: str | None = None,
     teacher: Path | None = None,
     teacher_arch: str | None = None,
+    input_size: int | str | None = None,
     batch_size: int = 256,
     device: str = "auto",
     progress: Progress | None = None,
@@ -57,6 +62,7 @@ def evaluate(
         arch: The model's architecture where its file does not say it.
         teacher: A second model file, for the agreement; None for none.
         teacher_arch: The teacher's architecture where its file does not say it.
+        input_size: Pixels of the images that the model gets, `160` or `160x192`; when None what its file says, else as they are.
         batch_size: Samples in a forward pass.
         device: `auto`, `cpu`, `cuda`, …
         progress: Told how far it is.
@@ -71,16 +77,26 @@ def evaluate(
     teacher_logits = None
     if teacher is not None:
         loaded = load_for(dataset, teacher, arch=teacher_arch)
-        teacher_logits, _ = predict(loaded.model, dataset, batch_size=batch_size, device=torch_device, name="teacher", progress=progress)
-    student = load_for(dataset, model, arch=arch).model
-    logits, labels = predict(student, dataset, batch_size=batch_size, device=torch_device, name="evaluate", progress=progress)
-    return measure(student, logits, labels, teacher_logits=teacher_logits)
+        size = recorded_size(loaded)
+        teacher_logits, _ = predict(
+            loaded.model, dataset, size=size, batch_size=batch_size, device=torch_device, name="teacher", progress=progress
+        )
+    student = load_for(dataset, model, arch=arch)
+    size = recorded_size(student) if input_size is None else read_size(input_size, "--input-size")
+    logits, labels = predict(student.model, dataset, size=size, batch_size=batch_size, device=torch_device, progress=progress)
+    return measure(student.model, logits, labels, teacher_logits=teacher_logits)
+
+
+def recorded_size(model: LoadedModel) -> tuple[int, int] | None:
+    """The height and width that a model file says it was trained on, or None."""
+    size = model.metadata.get("input_size")
+    return None if size is None else read_size(size, "input_size")
 
 
 def load_for(dataset: Dataset, path: Path, *, arch: str | None) -> LoadedModel:
     """Loads a model file for a dataset's classes and images."""
     spec = None if arch is None else Spec.parse(arch)
-    return load_model(path, num_classes=dataset.num_classes, image_shape=dataset.image_shape, arch=spec)
+    return load_model(path, num_classes=dataset.num_classes, image_shape=dataset.sample_shape, arch=spec)
 
 
 @torch.inference_mode()
@@ -88,24 +104,31 @@ def predict(
     model: nn.Module,
     dataset: Dataset,
     *,
+    size: tuple[int, int] | None = None,
     batch_size: int,
     device: torch.device,
     name: str = "evaluate",
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "samples classes"], Int64[Tensor, "samples"]]:
-    """Logits of the samples as they are, in order, and their labels; both on the CPU."""
+    """Logits of the whole samples in order, and their labels; both on the CPU. Images are brought to `size` where it is given."""
     if batch_size < 1:
         raise ConfigError(f"expected a positive batch size, found {batch_size}")
     was_training = model.training
     model.eval().to(device)
     logits, labels = [], []
     with (progress or Silent()).stage(name, total=len(dataset), unit="samples") as advance:
-        for images, batch_labels in DataLoader(dataset, batch_size=batch_size):  # type: ignore[arg-type]
+        end = EvaluationEnd(size) if size else None
+        for images, batch_labels in DataLoader(dataset, batch_size=batch_size, collate_fn=partial(_collate, end=end)):  # type: ignore[arg-type]
             logits.append(model(to_unit_range(images, device)).float().cpu())
             labels.append(batch_labels)
             advance(len(batch_labels))
     model.train(was_training)
     return torch.cat(logits), torch.cat(labels)
+
+
+def _collate(samples: Sequence[tuple[Tensor, int]], *, end: End | None) -> tuple[Tensor, Tensor]:
+    images = [image if end is None else end(image) for image, _ in samples]
+    return stack_images(images, advice="say which the network takes: --input-size 224"), torch.tensor([label for _, label in samples])
 
 
 def measure(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kdcache.learning.datasets import Dataset, held_out_split, open_dataset
 from kdcache.learning.loader import ViewLoader
 from kdcache.learning.models import resolve_model_spec
+from kdcache.learning.samples import ViewedSamples
 from kdcache.learning.views import make_views
 from kdcache.records.errors import ConfigError
 from kdcache.records.progress import Progress, Silent
@@ -62,17 +63,17 @@ def fit(
     data_spec = Spec.parse(data)
     dataset = open_dataset(data_spec, trusted=True)
     held_out = open_held_out(data_spec, eval_data, trusted=True)
-    spec = resolve_model_spec(Spec.parse(model), num_classes=dataset.num_classes, image_shape=dataset.image_shape)
+    samples = ViewedSamples(dataset, make_views(augment, seed=options.seed, image_shape=dataset.sample_shape))
+    spec = resolve_model_spec(Spec.parse(model), num_classes=dataset.num_classes, image_shape=samples.shape)
     files = RunFiles.beside(out)
     files.begin({"model": model, "data": data, "augment": augment, "eval_data": eval_data or "", **options.config()})
     record = dataset.record()
-    output = Outputs(last=out, best=None, metadata={"trained_on": record.spec, "dataset": record.sha256})
+    output = Outputs(last=out, best=None, metadata={"trained_on": record.spec, "dataset": record.sha256, **samples.metadata()})
     if is_finished([output], files):
         progress.note(f"{out} is finished already")
         return _result(out, files, files.read_metrics())
     loader = ViewLoader(
-        dataset,
-        make_views(augment, seed=options.seed, image_shape=dataset.image_shape),
+        samples,
         batch_size=options.batch_size,
         seed=options.seed,
         drop_last=True,

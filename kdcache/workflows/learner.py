@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdcache.learning.checkpoints import read_metadata, save_model
 from kdcache.learning.datasets import Dataset
-from kdcache.learning.loader import Batch, ViewLoader
+from kdcache.learning.loader import Batch, ViewLoader, channels_last
 from kdcache.learning.models import build_model
 from kdcache.records.errors import ConfigError, ExistsError
 from kdcache.records.manifest import recipe_differences
@@ -106,7 +106,7 @@ class Learner:
         """One optimizer step; gives the loss, detached."""
         self.model.train()
         with autocast(self._precision, self.device):
-            logits = self.model(batch.images.contiguous(memory_format=torch.channels_last))
+            logits = self.model(channels_last(batch.images))
         value = loss(logits.float(), batch)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
@@ -170,7 +170,7 @@ def run_training(
         seconds = time.perf_counter() - started
         for learner, output, total in zip(learners, outputs, sums, strict=True):
             row: Row = {"epoch": epoch + 1, "student": learner.name, "loss": total.item() / len(loader), "seconds": round(seconds, 3)}
-            row |= _held_out_metrics(learner, held_out, options)
+            row |= _held_out_metrics(learner, held_out, loader.input_size, options)
             _save_weights(learner, output, row, rows, last=epoch + 1 == options.epochs)
             rows.append(row)
             progress.note(_epoch_line(row, options.epochs))
@@ -214,10 +214,10 @@ def _restore(learners: Sequence[Learner], outputs: Sequence[Outputs], files: Run
     return state["epoch"], rows
 
 
-def _held_out_metrics(learner: Learner, held_out: Dataset | None, options: TrainingOptions) -> Row:
+def _held_out_metrics(learner: Learner, held_out: Dataset | None, size: tuple[int, int] | None, options: TrainingOptions) -> Row:
     if held_out is None:
         return {}
-    logits, labels = predict(learner.model, held_out, batch_size=max(options.batch_size, 256), device=learner.device)
+    logits, labels = predict(learner.model, held_out, size=size, batch_size=max(options.batch_size, 256), device=learner.device)
     evaluation = measure(learner.model, logits, labels)
     return {"top1": evaluation.top1, "recall": evaluation.recall}
 

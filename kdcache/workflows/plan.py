@@ -13,8 +13,9 @@ from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
 from kdcache.targets.codecs import Codec, make_codec
 from kdcache.targets.sampled import Sampled
+from kdcache.workflows.cutting import cut_into_blocks
 from kdcache.workflows.devices import Precision
-from kdcache.workflows.dump import cut_into_blocks, sample_fields
+from kdcache.workflows.dump import sample_fields
 from kdcache.workflows.plan_page import check_page, write_page
 from kdcache.workflows.teaching import Teacher, open_teacher
 from kdcache.workflows.tradeoff import PlannedCodec, Sample, candidate_codecs, measure_codecs, take_sample
@@ -129,7 +130,7 @@ def plan(
             made,
             sample,
             temperature=temperature,
-            cut=lambda fields: cut_into_blocks(len(dataset), fields, views=views, block_samples=None),
+            cut=lambda fields: cut_into_blocks(len(dataset), fields, views=range(views), block_samples=None),
             shared=sample_fields(dataset),
             advance=advance,
         )

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset, open_dataset
-from kdcache.learning.loader import collate_views, to_unit_range
-from kdcache.learning.views import SeededViews, make_views
+from kdcache.learning.loader import channels_last, stack_images, to_unit_range
+from kdcache.learning.operations import make_end
+from kdcache.learning.samples import ViewedSamples
+from kdcache.learning.views import make_views
 from kdcache.records.errors import ConfigError, MismatchError, TeacherError
 from kdcache.records.hashing import stable_integer
 from kdcache.records.manifest import Block, FieldRecord
+from kdcache.records.progress import Progress
 from kdcache.records.specs import Spec
 from kdcache.targets.codecs import Codec
 from kdcache.targets.coding import top_classes
@@ -29,12 +32,20 @@ BlockArrays = dict[str, list[NDArray[Any]]]
 BlockParts = list[list[NDArray[Any]]]
 
 
+class Answer(NamedTuple):
+    """A teacher's answers to one view of a batch of samples."""
+
+    logits: Float[Tensor, "batch *positions classes"]
+    """On the teacher's device."""
+    labels: Int64[Tensor, "batch"]
+    """The dataset's labels; of mixed views that of the larger share."""
+
+
 class Teacher:
     """A teacher in evaluation mode that answers to views of a dataset's samples.
 
     Args:
-        dataset: The samples.
-        views: Makes the views.
+        samples: Makes the views, with the teacher's own end.
         model: Images in [0, 1] to logits [batch, *positions, classes].
         batch_size: Samples in a forward pass.
         precision: Arithmetic of the forward pass.
@@ -44,34 +55,36 @@ class Teacher:
         ConfigError: The batch size is not positive.
     """
 
-    def __init__(
-        self, dataset: Dataset, views: SeededViews, model: nn.Module, *, batch_size: int, precision: Precision, device: torch.device
-    ) -> None:
+    def __init__(self, samples: ViewedSamples, model: nn.Module, *, batch_size: int, precision: Precision, device: torch.device) -> None:
         if batch_size < 1:
             raise ConfigError(f"expected a positive batch size, found {batch_size}")
-        self.dataset, self.views, self.batch_size = dataset, views, batch_size
+        self.samples, self.batch_size = samples, batch_size
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.precision, self.device = precision, device
 
+    @property
+    def dataset(self) -> Dataset:
+        """Where the samples come from."""
+        return self.samples.dataset
+
     @torch.inference_mode()
-    def answer(self, images: Sequence[Tensor], rows: Sequence[int], view: int) -> Float[Tensor, "batch *positions classes"]:
-        """Logits for one view of decoded samples.
+    def answer(self, decoded: Sequence[tuple[Tensor, int]], rows: Sequence[int], view: int) -> Answer:
+        """Answers to one view of decoded samples, the dataset's items of these rows.
 
         Raises:
             TeacherError: The teacher gave NaN, infinity or a wrong shape.
         """
-        keys = self.dataset.keys
-        seen = [(self.views(image, keys[row].tobytes(), view), 0, row, view) for image, row in zip(images, rows, strict=True)]
-        pixels = to_unit_range(collate_views(seen)[0], self.device).contiguous(memory_format=torch.channels_last)
+        views = [self.samples.view(sample, row, view) for sample, row in zip(decoded, rows, strict=True)]
+        pixels = channels_last(to_unit_range(stack_images([made.image for made in views]), self.device))
         with autocast(self.precision, self.device):
             logits: Tensor = self.model(pixels).float()
         self._check(logits, rows, view)
-        return logits
+        return Answer(logits, torch.tensor([made.main_label for made in views]))
 
     def sample(self, num_samples: int) -> Iterator[tuple[list[int], Tensor]]:
         """Rows and logits of evenly spaced samples, first view, batch by batch."""
         for rows in self.spaced_rows(num_samples):
-            yield rows, self.answer([self.dataset[row][0] for row in rows], rows, 0)
+            yield rows, self.answer([self.dataset[row] for row in rows], rows, 0).logits
 
     def spaced_rows(self, num_samples: int) -> list[list[int]]:
         """Evenly spaced samples, at most as many as there are, in batches."""
@@ -81,7 +94,7 @@ class Teacher:
 
     def seeds(self, rows: Sequence[int], view: int) -> list[int]:
         """What a codec that draws draws with: one whole number for each record."""
-        return [stable_integer("codec", self.views.record.seed, self.dataset.keys[row].tobytes(), view) for row in rows]
+        return [stable_integer("codec", self.samples.views.record.seed, self.dataset.keys[row].tobytes(), view) for row in rows]
 
     def _check(self, logits: Tensor, rows: Sequence[int], view: int) -> None:
         expected = self.dataset.num_classes
@@ -99,7 +112,18 @@ class Teacher:
 
 
 def open_teacher(
-    teacher: Path, data: str, *, arch: str | None, augment: str, seed: int, batch_size: int, precision: Precision, device: str
+    teacher: Path,
+    data: str,
+    *,
+    arch: str | None,
+    augment: str,
+    seed: int,
+    batch_size: int,
+    precision: Precision,
+    device: str,
+    enumerated: bool = False,
+    skip_unreadable: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Teacher, LoadedModel]:
     """A teacher, ready to answer to views of a dataset, and what its file says of it.
 
@@ -112,20 +136,24 @@ def open_teacher(
         batch_size: Samples in a forward pass.
         precision: Arithmetic of the forward pass.
         device: Where it runs.
+        enumerated: Whether view `v` is the v-th of all that there are.
+        skip_unreadable: Whether to read every sample first and to leave out those that cannot be read.
+        progress: Told how far that reading is.
 
     Raises:
-        SpecError: Unknown dataset or pipeline.
+        SpecError: Unknown dataset or augmentation.
         CheckpointError: The teacher cannot be loaded.
         ConfigError: The batch size is not positive, or there is no such device.
         MismatchError: Teacher and dataset have different class counts, or a label is no class.
     """
-    dataset = open_dataset(Spec.parse(data), trusted=True)
+    dataset = open_dataset(Spec.parse(data), trusted=True, skip_unreadable=skip_unreadable, progress=progress)
     _check_labels(dataset)
     loaded = load_for(dataset, teacher, arch=arch)
     torch_device = resolve_device(device)
     arithmetic = resolve_precision(precision, torch_device)
-    views = make_views(augment, seed=seed, image_shape=dataset.image_shape)
-    return Teacher(dataset, views, loaded.model, batch_size=batch_size, precision=arithmetic, device=torch_device), loaded
+    views = make_views(augment, seed=seed, image_shape=dataset.sample_shape, enumerated=enumerated)
+    samples = ViewedSamples(dataset, views, end=make_end(views.record.teacher_end) if views.record.teacher_end else None)
+    return Teacher(samples, loaded.model, batch_size=batch_size, precision=arithmetic, device=torch_device), loaded
 
 
 def _check_labels(dataset: Dataset) -> None:
@@ -145,19 +173,20 @@ class BlockWorker:
         teacher: Gives the logits.
         codec: Encodes them.
         fields: What the codec stores.
+        sums_profile: Whether to add up the records' profile.
     """
 
-    def __init__(self, teacher: Teacher, codec: Codec, fields: Sequence[FieldRecord]) -> None:
-        self.teacher, self.codec, self.fields = teacher, codec, fields
+    def __init__(self, teacher: Teacher, codec: Codec, fields: Sequence[FieldRecord], *, sums_profile: bool) -> None:
+        self.teacher, self.codec, self.fields, self.sums_profile = teacher, codec, fields, sums_profile
 
     def compute(self, block: Block, advance: Advance) -> tuple[BlockArrays, dict[str, float], NDArray[np.int64] | None]:
-        """A block's records by field and view, sums over them, and the sums of its profile if the codec keeps one."""
+        """A block's records by field and view, sums over them, and the sums of its profile if that is wanted."""
         pieces: dict[str, BlockParts] = {field.name: [[] for _ in range(*block.views)] for field in self.fields}
         totals: dict[str, float] = {}
-        profile = ProfileSum(self.codec.num_classes, self.teacher.device) if self.codec.keeps_profile else None
-        for rows, images, labels in self._decoded_batches(block):
+        profile = ProfileSum(self.codec.num_classes, self.teacher.device) if self.sums_profile else None
+        for rows, decoded in self._decoded_batches(block):
             for offset, view in enumerate(range(*block.views)):
-                logits = self.teacher.answer(images, rows, view)
+                logits, labels = self.teacher.answer(decoded, rows, view)
                 encoded = self.codec.encode(logits, self.teacher.seeds(rows, view))
                 for name, array in to_stored(encoded, self.fields).items():
                     pieces[name][offset].append(array)
@@ -165,16 +194,15 @@ class BlockWorker:
                 self._add_totals(totals, encoded, top, labels)
                 if profile:
                     profile.add(logits, top)
-                advance(len(images))
+                advance(len(rows))
         arrays = {name: [np.concatenate(parts) for parts in views] for name, views in pieces.items()}
         return arrays, totals, profile.numpy() if profile else None
 
-    def _decoded_batches(self, block: Block) -> Iterator[tuple[range, list[Tensor], Tensor]]:
-        """(rows, images, labels) of a block's batches; each image is decoded once for all views of the block."""
+    def _decoded_batches(self, block: Block) -> Iterator[tuple[range, list[tuple[Tensor, int]]]]:
+        """Rows and items of a block's batches; each image is decoded once for all views of the block."""
         for start in range(block.samples[0], block.samples[1], self.teacher.batch_size):
             rows = range(start, min(start + self.teacher.batch_size, block.samples[1]))
-            samples = [self.teacher.dataset[row] for row in rows]
-            yield rows, [image for image, _ in samples], torch.tensor([label for _, label in samples])
+            yield rows, [self.teacher.dataset[row] for row in rows]
 
     def _add_totals(self, totals: dict[str, float], encoded: Mapping[str, Tensor], top: Tensor, labels: Tensor) -> None:
         """Adds a batch to a block's sums: records, entries, top-1 hits, retained mass by temperature."""

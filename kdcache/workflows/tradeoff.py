@@ -103,13 +103,13 @@ class Sample:
 def take_sample(teacher: Teacher, num_samples: int, advance: Advance) -> Sample:
     """The teacher's answers to the first view of evenly spaced samples; one batch more than these warms it up, untimed."""
     batches = teacher.spaced_rows(num_samples)
-    teacher.answer([teacher.dataset[row][0] for row in batches[0]], batches[0], 0)
+    teacher.answer([teacher.dataset[row] for row in batches[0]], batches[0], 0)
     logits, decoding, answering = [], 0.0, 0.0
     for rows in batches:
         started = time.perf_counter()
-        images = [teacher.dataset[row][0] for row in rows]
+        items = [teacher.dataset[row] for row in rows]
         decoded = time.perf_counter()
-        logits.append(teacher.answer(images, rows, 0))
+        logits.append(teacher.answer(items, rows, 0).logits)
         decoding, answering = decoding + decoded - started, answering + time.perf_counter() - decoded
         advance(len(rows))
     chosen = [row for rows in batches for row in rows]

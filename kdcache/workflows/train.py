@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from kdcache.learning.cache import Cache, Order
+from kdcache.learning.augmentations import read_size
+from kdcache.learning.cache import Cache, Joined, Order
 from kdcache.learning.datasets import Dataset, open_dataset
-from kdcache.learning.loader import Batch, ViewLoader
+from kdcache.learning.loader import Batch
 from kdcache.learning.losses import Tail, check_weights, distillation_loss
 from kdcache.learning.models import resolve_model_spec
+from kdcache.learning.samples import End, ViewedSamples, resize_end
+from kdcache.learning.schedule import ViewOrder
 from kdcache.records.errors import ConfigError
 from kdcache.records.hashing import sha256_file
 from kdcache.records.manifest import MANIFEST_NAME
@@ -84,7 +87,11 @@ def train(
     distillation: DistillationOptions | None = None,
     options: TrainingOptions | None = None,
     order: Order = "auto",
+    view_order: ViewOrder = "auto",
+    views_per_load: int = 1,
+    input_size: int | str | None = None,
     allow_changed_pixels: bool = False,
+    skip_unknown: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Trains students from a cache, all on the same batches. Run again, it goes on where it was cut off.
@@ -99,8 +106,15 @@ def train(
         options: How to train.
         order: In which order the samples are shown: `random`, or `windows` of a few ranges of samples for a store that random
             access is slow to; `auto` by the cache's layout.
+        view_order: Whether a sample shows its views in a `cycle` or at `random`; `auto` is a cycle of random views and random among
+            enumerated ones.
+        views_per_load: Views that are made of a sample each time it is decoded, for one batch: an epoch has as many steps as ever
+            and decodes as many times fewer images.
+        input_size: Pixels of the images that the students get, `160` or `160x192`: the shared views at another size than the teacher's;
+            as they are when None.
         allow_changed_pixels: Train even though the students would not see the pixels that the teacher saw: its answers then
             belong to slightly other images.
+        skip_unknown: Train on the samples that are in the cache, and leave out the others: changed or added ones.
         progress: Told how far it is.
 
     Raises:
@@ -114,26 +128,26 @@ def train(
     opened = Cache(cache)
     opened.reader.verify_all()
     data_spec = Spec.parse(data or opened.manifest.provenance.dataset_spec)
-    dataset = open_dataset(data_spec, trusted=data is not None)
-    gather = opened.join(dataset)
+    dataset = open_dataset(data_spec, trusted=data is not None, skipped=opened.manifest.provenance.skipped)
+    end = _end_of(dataset, input_size)
+    joined = opened.join(dataset, end=end, skip_unknown=skip_unknown)
+    _tell_of_left_out(dataset, joined, progress)
     if not allow_changed_pixels:
-        opened.check_probes(dataset)
+        joined.check_probes()
     held_out = open_held_out(data_spec, eval_data, trusted=data is not None)
     _warn_of_low_mass(opened, distillation, progress)
-    loader = ViewLoader(
-        dataset,
-        opened.views,
+    loader = joined.loader(
         batch_size=options.batch_size,
         seed=options.seed,
-        num_views=opened.num_views,
-        gather=gather,
-        blocks=gather.blocks(order),
+        order=order,
+        view_order=view_order,
+        views_per_load=views_per_load,
         drop_last=True,
         num_workers=options.workers,
         device=resolve_device(options.device),
     )
-    learners = _make_learners(students, dataset, opened, options, num_batches=len(loader))
-    outputs = [_outputs(out / learner.name, opened, options) for learner in learners]
+    learners = _make_learners(students, joined.samples, opened, options, num_batches=len(loader))
+    outputs = [_outputs(out / learner.name, opened, joined.samples, options) for learner in learners]
     files = RunFiles.in_folder(out)
     files.begin(
         {
@@ -146,6 +160,10 @@ def train(
             "hard": distillation.hard,
             "tail": distillation.tail,
             "order": order,
+            "view_order": view_order,
+            "views_per_load": views_per_load,
+            "input_size": input_size or "",
+            "skip_unknown": skip_unknown,
             **options.config(),
         }
     )
@@ -164,13 +182,31 @@ def train(
     return _result(learners, outputs, files, rows)
 
 
-def _make_learners(students: Sequence[str], dataset: Dataset, cache: Cache, options: TrainingOptions, *, num_batches: int) -> list[Learner]:
+def _tell_of_left_out(dataset: Dataset, joined: Joined, progress: Progress) -> None:
+    if dataset.skipped:
+        progress.note(f"left out {len(dataset.skipped)} samples that the dump could not read either")
+    if joined.num_unknown:
+        progress.note(f"left out {joined.num_unknown} of {len(dataset)} samples that are not in the cache")
+
+
+def _end_of(dataset: Dataset, input_size: int | str | None) -> End | None:
+    """What brings the shared views to the students' size."""
+    if input_size is None:
+        return None
+    if len(dataset.sample_shape) != 3:
+        raise ConfigError(f"--input-size is for images, found samples of shape {list(dataset.sample_shape)}; leave it out")
+    return resize_end(read_size(input_size, "--input-size"))
+
+
+def _make_learners(
+    students: Sequence[str], samples: ViewedSamples, cache: Cache, options: TrainingOptions, *, num_batches: int
+) -> list[Learner]:
     if not students:
         raise ConfigError("expected at least one student, such as --student small")
     num_classes = cache.manifest.recipe.teacher.num_classes
     learners: list[Learner] = []
     for text in students:
-        spec = resolve_model_spec(Spec.parse(text), num_classes=num_classes, image_shape=dataset.image_shape)
+        spec = resolve_model_spec(Spec.parse(text), num_classes=num_classes, image_shape=samples.shape)
         base = Spec.parse(text).name.replace(":", ".").replace("/", ".")
         taken = [learner.name for learner in learners]
         name = base if base not in taken else next(f"{base}-{i}" for i in range(2, len(taken) + 3) if f"{base}-{i}" not in taken)
@@ -179,8 +215,9 @@ def _make_learners(students: Sequence[str], dataset: Dataset, cache: Cache, opti
     return learners
 
 
-def _outputs(folder: Path, cache: Cache, options: TrainingOptions) -> Outputs:
+def _outputs(folder: Path, cache: Cache, samples: ViewedSamples, options: TrainingOptions) -> Outputs:
     metadata = {
+        **samples.metadata(),
         "recipe_key": cache.manifest.recipe_key,
         "manifest": sha256_file(cache.reader.root / MANIFEST_NAME),
         "seed": str(options.seed),
@@ -191,7 +228,7 @@ def _outputs(folder: Path, cache: Cache, options: TrainingOptions) -> Outputs:
 def _warn_of_low_mass(cache: Cache, distillation: DistillationOptions, progress: Progress) -> None:
     """Says so when the cache keeps little of the teacher at this temperature, and what would help."""
     rows = np.arange(min(cache.manifest.grid.num_samples, 1024))
-    soft = cache.soft_targets(rows, np.zeros_like(rows))
+    soft = cache.soft_targets(rows, np.full_like(rows, cache.manifest.grid.first_view))
     soft.probs_at(distillation.temperature)  # sampled targets hold at one temperature: better said now than at the first step
     mass = 1 - soft.tail_mass_at(distillation.temperature).mean().item()
     if mass >= LOW_MASS[distillation.tail]:

@@ -65,8 +65,8 @@ def bench_step(folder: Path) -> str:
         return epoch
 
     common = {"batch_size": 128, "drop_last": True}
-    plain = ViewLoader(dataset, cache.views, **common)
-    cached = ViewLoader(dataset, cache.views, num_views=2, gather=cache.join(dataset), **common)
+    joined = cache.join(dataset)
+    plain, cached = ViewLoader(joined.samples, **common), joined.loader(seed=0, **common)
     ours = epoch_of(cached, lambda logits, batch: distillation_loss(logits, batch.soft, batch.labels))
     bare = epoch_of(plain, lambda logits, batch: F.cross_entropy(logits, batch.labels))
     ours_s, bare_s, r = ratio(ours, bare)
