@@ -28,13 +28,12 @@ def info(cache: Path, as_json: bool) -> None:
 def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
     recipe = result.recipe
     numbers = f" (numbers {result.first_view} to {result.first_view + result.num_views - 1})" if result.first_view else ""
-    operations = " → ".join(str(operation["op"]) for operation in recipe.views.pipeline) or "none"
     pairs = {
         "cache": str(result.path),
         "recipe key": result.recipe_key,
         "teacher": f"{recipe.teacher.spec} ({recipe.teacher.sha256[:19]}…, {recipe.teacher.precision})",
         "dataset": f"{recipe.dataset.spec}: {recipe.dataset.num_samples:,} samples, {recipe.teacher.num_classes} classes",
-        "views": f"{result.num_views}{numbers} × {operations} (seed {recipe.views.seed})",
+        "views": f"{result.num_views}{numbers} × {_views(recipe.views)}",
         "codec": recipe.codec,
         "blocks": f"{result.blocks_done} of {result.blocks_total}",
     }
@@ -60,6 +59,16 @@ def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
         **_added(result.manifest),
         "licence": result.manifest.license or "not stated",
     }
+
+
+def _views(record: "kdcache.ViewsRecord") -> str:
+    """How a view is made, in a line."""
+    operations = " → ".join(str(operation["op"]) for operation in record.pipeline) or "none"
+    mixing = record.mixing
+    kinds = [f"{name} {alpha:g}" for name, alpha in (("mixup", mixing.mixup), ("cutmix", mixing.cutmix)) if alpha] if mixing else []
+    mixed = f", mixed by {' or '.join(kinds)} ({format_share(mixing.probability)} of them)" if mixing else ""
+    end = "".join(f" → {operation['op']}" for operation in record.teacher_end)
+    return f"{operations}{mixed}{f', then for the teacher{end}' if end else ''} ({'all there are' if record.enumerated else f'seed {record.seed}'})"
 
 
 def _added(manifest: "kdcache.Manifest") -> dict[str, str]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kdcache.records.errors import UnreadableSampleError as UnreadableSampleError
     from kdcache.records.manifest import Manifest as Manifest
     from kdcache.records.manifest import Recipe as Recipe
+    from kdcache.records.manifest import ViewsRecord as ViewsRecord
     from kdcache.records.progress import Progress as Progress
     from kdcache.targets.soft_targets import SoftTargets as SoftTargets
     from kdcache.workflows.catalog import ModelListing as ModelListing
@@ -106,6 +107,7 @@ _PUBLIC = {
     "TrainingOptions": "kdcache.workflows.learner",
     "UnreadableSampleError": "kdcache.records.errors",
     "VerifyResult": "kdcache.workflows.verify",
+    "ViewsRecord": "kdcache.records.manifest",
     "augmentation_text": "kdcache.learning.augmentations",
     "convert": "kdcache.workflows.convert",
     "demo": "kdcache.workflows.demo",

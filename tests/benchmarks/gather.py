@@ -19,8 +19,10 @@ from measuring import ROWS, encode_all, machine, make_store, realistic_blocks, s
 from numpy.typing import NDArray
 
 from kdcache.learning.cache import Cache
+from kdcache.learning.loader import BATCHES_A_GATHER
 from kdcache.records.specs import Spec
 from kdcache.targets.codecs import make_codec
+from kdcache.targets.soft_targets import SoftTargets
 
 BLOCKS = 16
 RECORDS = BLOCKS * ROWS
@@ -38,11 +40,26 @@ def rate(work: Work, *, batches: int, records: int = RECORDS) -> float:
     return 256 * batches / statistics.median(seconds(lambda: [work(rows) for rows in chosen]) for _ in range(7))
 
 
+def rate_in_training(cache: Cache, *, batches: int) -> float:
+    """As `rate`, for what a loader does: the order is known, so several batches are read by one gather, and dealt out."""
+    rng = np.random.default_rng(0)
+    chosen = [rng.integers(0, RECORDS, 256 * BATCHES_A_GATHER) for _ in range(batches // BATCHES_A_GATHER)]
+    views = np.zeros(256 * BATCHES_A_GATHER, np.int64)
+
+    def epoch() -> list[SoftTargets]:
+        return [batch for rows in chosen for batch in cache.soft_targets(rows, views).split(256)]
+
+    epoch()
+    return 256 * BATCHES_A_GATHER * len(chosen) / statistics.median(seconds(epoch) for _ in range(7))
+
+
 def ways(folder: Path, cache: Cache, arrays: dict[str, NDArray[Any]]) -> Iterator[tuple[str, float]]:
     """(what, records a second) for ours and each other way."""
     names = [field.name for field in cache.codec.fields(())]
     view = np.zeros(256, np.int64)
-    yield "kdcache: gather and decode to soft targets", rate(lambda rows: cache.soft_targets(rows, view), batches=400)
+    in_training = rate_in_training(cache, batches=400)
+    yield f"kdcache: gather and decode to soft targets, {BATCHES_A_GATHER} batches at once as in training", in_training
+    yield "kdcache: gather and decode to soft targets, batch by batch", rate(lambda rows: cache.soft_targets(rows, view), batches=400)
     yield "kdcache: gather alone", rate(lambda rows: cache.reader.gather(names, rows, view), batches=400)
 
     width = 38
