@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from kdcache.learning.datasets import Dataset, wrap_dataset
-from kdcache.learning.loader import ViewLoader
+from kdcache.learning.loader import ViewLoader, _collate, _Items, mixed_labels
 from kdcache.learning.losses import distillation_loss
 from kdcache.learning.mixing import ONE, Mix, Mixing, mix_images
 from kdcache.learning.samples import ViewedSamples
@@ -225,3 +226,18 @@ def test_mixed_views_are_what_the_format_says(record: MixingRecord, dataset: Dat
             assert made.share == pytest.approx(share)
             assert (made.label, made.partner_label) == (row, images[partner][0])
             assert made.main_label == (row if share >= 0.5 else images[partner][0])
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_mixed_views_are_the_same_in_other_processes(
+    start_method: str, dataset: Dataset, expected: dict[tuple[int, int], tuple[bytes, list[float]]]
+) -> None:
+    """A worker that was forked, and one that began from nothing, make the pixels that this process makes."""
+    items = _Items(ViewedSamples(dataset, views_with(BOTH)))
+    wanted = [[(row, (0, 1)) for row in range(NUM_SAMPLES)]]
+    loader = DataLoader(items, batch_sampler=wanted, num_workers=1, collate_fn=_collate, multiprocessing_context=start_method)  # type: ignore[arg-type]
+    ((images, labels, partners, shares, rows, views),) = list(loader)
+    mixed = mixed_labels(labels, partners, shares, NUM_SAMPLES)
+    for image, classes, row, view in zip(images, mixed, rows.tolist(), views.tolist(), strict=True):
+        assert image.numpy().tobytes() == expected[row, view][0]
+        assert torch.allclose(classes, torch.tensor(expected[row, view][1]))
