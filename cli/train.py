@@ -34,7 +34,7 @@ Examples:
               help="How a sample's views follow each other; auto: a cycle, or random ones of --views all.")  # fmt: skip
 @click.option("--views-per-load", type=click.IntRange(min=1), default=1, show_default=True,
               help="Views made of each decoded sample for one batch; more decode less.")  # fmt: skip
-@click.option("--input-size", help="Pixels of the students' images, 160 or 160x192; by default as the teacher saw them.")
+@click.option("--input-size", help="Pixels of the students' images, 160 or 160x192; by default those of the shared views.")
 @click.option("--allow-changed-pixels", is_flag=True,
               help="Train even if the students would see other pixels than the teacher saw.")  # fmt: skip
 @click.option("--skip-unknown", is_flag=True, help="Leave out samples that are not in the cache: changed or added ones.")

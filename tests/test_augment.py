@@ -133,11 +133,12 @@ def test_mixing_by_table_and_options(augment: str, expected: tuple[float, float,
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("mixup = -0.1", "expected mixup as a number from 0 to 1000, found -0.1"),
-        ("cutmix = 1e9", "expected cutmix as a number from 0 to 1000"),
+        ("mixup = -0.1", "expected mixup as 0 or a number from 1e-06 to 1000, found -0.1"),
+        ("cutmix = 1e9", "expected cutmix as 0 or a number from 1e-06 to 1000"),
+        ("mixup = 1e-310", "expected mixup as 0 or a number from 1e-06 to 1000, found 1e-310"),
         ("mixup = 0.1\nprobability = 1.5", "expected probability as a number from 0 to 1, found 1.5"),
         ("mixup = 0.1\nswitch = true", "expected switch as a number from 0 to 1, found True"),
-        ("mixup = '0.1'", "expected mixup as a number from 0 to 1000, found '0.1'"),
+        ("mixup = '0.1'", "expected mixup as 0 or a number from 1e-06 to 1000, found '0.1'"),
         ("mixup = nan", "expected finite numbers"),
         ("alpha = 0.1", "a \\[mix\\] table with the keys mixup, cutmix, probability, switch, found {'alpha': 0.1}"),
         ("switch = 0.5", "switch without mixup or cutmix mixes nothing"),
@@ -175,7 +176,7 @@ def test_teacher_draws_nothing(operation: str, tmp_path: Path) -> None:
     """Operations with chance, and floats, are refused in the teacher's own part."""
     path = tmp_path / "mine.toml"
     path.write_text(f"ops = []\n[[teacher]]\n{operation}\n")
-    with pytest.raises(SpecError, match="not among the operations that one network may have for itself"):
+    with pytest.raises(SpecError, match=r"mine\.toml: .* is not among the operations that one network may have for itself"):
         make(str(path))
 
 

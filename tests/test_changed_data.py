@@ -114,6 +114,43 @@ def test_another_number_of_classes_is_refused(made: Path, tmp_path: Path) -> Non
         kdcache.Cache(made / "cache").join(opened(f"folder:{tmp_path / 'more'}"))
 
 
+@pytest.mark.parametrize("change", ["missing", "renamed"])
+def test_classes_with_other_numbers_are_refused(change: str, made: Path, copy: Path) -> None:
+    """A class folder that is missing, or sorts elsewhere by its new name, would give samples the labels of other classes."""
+    if change == "missing":
+        shutil.rmtree(copy / "cat")
+    else:
+        (copy / "cat").rename(copy / "wildcat")
+    count = 4 if change == "missing" else 10
+    with pytest.raises(
+        MismatchError, match=rf"^{count} of {count} samples have other labels than in the cache: \S+/owl/0\.png \(1, here 0\)"
+    ):
+        kdcache.Cache(made / "cache").join(opened(f"folder:{copy}"), skip_unknown=True)
+
+
+def test_equal_samples_may_have_several_labels(made: Path, tmp_path: Path) -> None:
+    """An image that lies in two class folders has one key and two labels: both are known, also where only one of them is asked for."""
+    images = Path(shutil.copytree(made / "images", tmp_path / "images"))
+    shutil.copy(images / "cat" / "0.png", images / "owl" / "cat.png")
+    kdcache.dump(made / "teacher.safetensors", f"folder:{images}", tmp_path / "cache", views=1, device="cpu")
+    (images / "cat" / "0.png").unlink()
+    joined = kdcache.Cache(tmp_path / "cache").join(opened(f"folder:{images}"))
+    assert len(joined.samples) == 10
+
+
+def test_a_sample_that_an_augmentation_cannot_do_is_named(made: Path, copy: Path) -> None:
+    """Operations are tried on the first image: what fails on another one is named with its view, in place of a traceback."""
+    (copy.parent / "crop.toml").write_text("[[ops]]\nop = 'RandomCrop'\nsize = [9, 11]\n")
+    (copy / "owl" / "small.png").write_bytes(encoded(picture(902, (7, 5))))
+    arguments = ("dump", "--teacher", made / "teacher.safetensors", "--data", f"folder:{copy}", "--augment", "crop.toml", "--out", "out")
+    for views, message in (("1", "the augmentation fails: ValueError"), ("all", "was counted for images of")):
+        refused = command(*arguments, "--views", views, cwd=copy.parent, exits=2 if views == "1" else 3)
+        assert f"view 0 of {copy / 'owl' / 'small.png'}: " in refused.stderr
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+        shutil.rmtree(copy.parent / "out")
+
+
 def test_unreadable_images_of_a_dump(made: Path, copy: Path) -> None:
     """A dump names an unreadable image and stops; with --skip-unreadable it leaves such out, records them, and training does so too."""
     whole = encoded(picture(3), "JPEG")

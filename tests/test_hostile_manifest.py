@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stored import dump_noise, signed
+from stored import Noise, dump_noise, signed
 
 from kdcache.learning.cache import Cache
+from kdcache.learning.datasets import wrap_dataset
 from kdcache.records.errors import FormatError, KdcacheError
 from kdcache.records.hashing import sha256
 from kdcache.store.reader import read_manifest
@@ -107,6 +108,7 @@ CONTRADICTIONS = [
     ("topk", both(put("grid.num_samples", ABSURD), put("recipe.dataset.num_samples", ABSURD)), "blocks of the grid in order, found 6"),
     ("topk", remove("blocks", 0), "expected the 6 blocks of the grid in order, found 5"),
     ("topk", lambda document: document["blocks"].reverse(), "expected the 6 blocks of the grid in order, found 6"),
+    ("topk", put("recipe.views.mixing", {"mixup": 1e-310, "cutmix": 0.0, "probability": 1.0, "switch": 0.5}), "from 1e-06 to 1000"),
     ("topk", put("probes.0.view", 5), "a probe is outside the grid"),
     ("topk", put("probes.0.row", -1), "a probe is outside the grid"),
     ("adaptive", put("fields.logits/gap.lengths.field", "nowhere"), "expected counts of 'logits/gap'"),
@@ -183,6 +185,24 @@ def test_a_manifest_of_another_store_is_refused(codec: str, change: Change, cach
     root = forged(caches[codec], tmp_path, change)
     with pytest.raises(KdcacheError):
         use(root)
+
+
+CROP = [{"op": "RandomCrop", "size": [64, 64]}]
+ORDERS = [{"op": "RandomOrder", "transforms": [{"op": "RandomInvert"}] * 8}]
+UNDOABLE = [
+    put("recipe.views.pipeline", CROP),
+    put("recipe.views.pipeline", [{"op": "RandomRotation", "degrees": [5, -5]}]),
+    both(put("recipe.views.pipeline", CROP), put("recipe.views.enumerated", True)),
+    both(put("recipe.views.pipeline", ORDERS), put("recipe.views.enumerated", True)),
+]
+
+
+@pytest.mark.parametrize("change", UNDOABLE)
+def test_views_that_cannot_be_made_are_refused(change: Change, caches: dict[str, Path], tmp_path: Path) -> None:
+    """A well-signed manifest whose operations fail, or have no end of views, is refused before training, with an error of kdcache's."""
+    cache = Cache(forged(caches["topk"], tmp_path, change))
+    with pytest.raises(KdcacheError):
+        cache.join(wrap_dataset(Noise(300), num_classes=300)).check_probes()
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -220,6 +220,8 @@ def test_random_values_of_erasing_are_refused() -> None:
         ({"op": "Compose", "transforms": [{"op": "Nothing"}]}, "unknown operation 'Nothing'"),
         ({"op": "RandomApply", "p": 2.0, "transforms": [FLIP]}, "RandomApply: `p` should be"),
         ({"op": "RandomChoice", "p": [1.0], "transforms": [FLIP, INVERT]}, "RandomChoice: "),
+        ({"op": "RandomChoice", "p": [-1.0, 2.0], "transforms": [FLIP, INVERT]}, "expected p as numbers from 0 on that are not all 0"),
+        ({"op": "RandomChoice", "p": [0, 0], "transforms": [FLIP, INVERT]}, "expected p as numbers from 0 on that are not all 0"),
         ({"op": "RandomInvert", "transforms": [FLIP]}, "RandomInvert: .* unexpected keyword argument 'transforms'"),
         ({"op": "AutoAugment", "policy": "mnist"}, "unknown policy 'mnist'; expected one of \\['imagenet', 'cifar10', 'svhn'\\]"),
         ({"op": "Compose", "transforms": [{"op": "Lambda"}]}, "'Lambda' is not supported"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stored
@@ -21,6 +22,7 @@ from kdcache.records.specs import Spec
 from kdcache.store.reader import CacheReader
 from kdcache.targets.soft_targets import SoftTargets
 from kdcache.workflows.replay import ReplayResult, distance, replay, spread
+from kdcache.workflows.teaching import Teacher
 
 NUM_CLASSES = 12
 TOML_WITH_END = """
@@ -77,6 +79,20 @@ def test_every_codec_is_replayed(codec: str, positions: tuple[int, ...], tmp_pat
     result = replayed(tmp_path, positions=positions)
     assert result.problems == ()
     assert result.largest_error <= result.limit < 0.5
+
+
+def test_no_forward_pass_is_larger_than_the_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many records of one view are answered in batches of the dump's size, so that a replay takes no more memory than the dump did."""
+    batch_size = dump_noise(tmp_path, codec="topk,k=4", num_classes=NUM_CLASSES).manifest.provenance.batch_size
+    answer, sizes = Teacher.answer, []
+
+    def counted(self: Teacher, decoded: Any, rows: Any, view: int) -> Any:
+        sizes.append(len(rows))
+        return answer(self, decoded, rows, view)
+
+    monkeypatch.setattr(Teacher, "answer", counted)
+    assert replayed(tmp_path, num_records=100).num_records == 100
+    assert max(sizes) == batch_size < 20
 
 
 @pytest.fixture(scope="module")

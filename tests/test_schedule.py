@@ -106,3 +106,10 @@ def test_numbers_that_make_no_batches_are_refused() -> None:
     for batch_size, views_per_load in ((8, 3), (0, 1), (8, 0), (2, 4)):
         with pytest.raises(ConfigError, match="multiple of the views per load"):
             order_of(10, batch_size=batch_size, views_per_load=views_per_load)
+
+
+def test_fewer_batches_than_views_a_load_are_refused() -> None:
+    """Where partial batches are left out, every epoch of a pass has a batch at least: none is empty, with a loss of nothing."""
+    assert order_of(36, batch_size=36, views_per_load=4, drop_last=True).num_batches == 1
+    with pytest.raises(ConfigError, match="36 samples make 2 batches of 64 with 4 views of each, expected at least 4"):
+        order_of(36, batch_size=64, views_per_load=4, drop_last=True)

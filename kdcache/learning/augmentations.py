@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kdcache.records.consistency import LARGEST_ALPHA
+from kdcache.records.consistency import LARGEST_ALPHA, SMALLEST_ALPHA
 from kdcache.records.errors import SpecError
 from kdcache.records.manifest import MixingRecord
 from kdcache.records.specs import Spec, Value
@@ -179,7 +179,8 @@ def _read_mixing(table: object, spec: Spec) -> MixingRecord | None:
 
 
 def _read_number(name: str, value: Value, spec: Spec) -> float:
-    largest = LARGEST_ALPHA if name in ("mixup", "cutmix") else 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
-        raise SpecError(f"{spec}: expected {name} as a number from 0 to {largest:g}, found {value!r}")
+    least, largest = (SMALLEST_ALPHA, LARGEST_ALPHA) if name in ("mixup", "cutmix") else (0.0, 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value == 0 or least <= value <= largest):
+        expected = f"0 or a number from {least:g} to {largest:g}" if least else f"a number from 0 to {largest:g}"
+        raise SpecError(f"{spec}: expected {name} as {expected}, found {value!r}")
     return float(value)

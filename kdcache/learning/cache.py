@@ -86,7 +86,8 @@ class Cache:
             skip_unknown: Whether to leave out samples that are not in the cache: see `Joined.num_unknown`.
 
         Raises:
-            MismatchError: Samples, or with `skip_unknown` all, are not in the cache (changed or added; the first are named), or the class counts differ.
+            MismatchError: Samples, or with `skip_unknown` all, are not in the cache (changed or added; the first are named), or they
+                have other labels there, or the class counts differ.
         """
         teacher_classes = self.manifest.recipe.teacher.num_classes
         if dataset.num_classes > teacher_classes:
@@ -96,6 +97,7 @@ class Cache:
         num_unknown = len(rows) - len(known)
         if num_unknown:
             dataset, rows = dataset.subset(known), rows[known]
+        self._require_labels(dataset, rows)
         record = self.manifest.recipe.views
         views = SeededViews(record, image_shape=dataset.image_shape) if record.enumerated else self.views
         return Joined(self, ViewedSamples(dataset, views, end=end, partners=self.reader.shared("key")), rows, num_unknown=num_unknown)
@@ -162,6 +164,25 @@ class Cache:
             raise MismatchError(self._unknown(dataset, absent.tolist()))
         rows[absent] = -1
         return np.asarray(rows, np.int64)
+
+    def _require_labels(self, dataset: Dataset, rows: NDArray[np.int64]) -> None:
+        """Refuses other labels than those of the dump: a class folder that is missing or renamed gives other classes other numbers."""
+        cached, none = self.reader.shared("label"), self.reader.field("label").fill_value
+        other = np.flatnonzero((cached[rows] != dataset.labels) & (cached[rows] != none))
+        if len(other):  # of equal samples with several labels, the cache has each
+            keys = _sortable(self.reader.shared("key"))
+            wanted = _sortable(dataset.keys)
+            equal = np.flatnonzero(np.isin(keys, wanted[other]))
+            labels = set(zip(keys[equal].tolist(), cached[equal].tolist(), strict=True))
+            found = zip(wanted[other].tolist(), dataset.labels[other].tolist(), strict=True)
+            other = other[[pair not in labels for pair in found]]
+        if len(other):
+            first = ", ".join(f"{dataset.name_of(row)} ({cached[rows[row]]}, here {dataset.labels[row]})" for row in other[:3].tolist())
+            raise MismatchError(
+                f"{len(other)} of {len(dataset)} samples have other labels than in the cache: {first}{', …' if len(other) > 3 else ''}."
+                f" It was made from {self.manifest.provenance.dataset_spec}; give a set with the same classes in the same order (of a"
+                " folder, every class has to be there, also in a part of it), or dump this one"
+            )
 
     def _unknown(self, dataset: Dataset, rows: list[int]) -> str:
         """What to say of samples that are not in the cache."""

@@ -5,7 +5,7 @@ operation varying fastest. Steps go through v2's own `transform(image, params)`,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
@@ -83,8 +83,13 @@ def enumerate_views(transforms: Sequence[v2.Transform], image_shape: Shape) -> E
         SpecError: An operation's choices cannot be enumerated (the first one is named), there are more than `MAX_VIEWS` views, or
             not all have one size.
     """
-    with torch.random.fork_rng(devices=[]):
-        outcomes = _in_order(transforms, image_shape)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            outcomes = _in_order(transforms, image_shape)
+    except SpecError:
+        raise
+    except Exception as error:  # whatever an operation raises, its arguments are the cause
+        raise SpecError(f"the views of images of {list(image_shape)} cannot be counted: {type(error).__name__}: {error}") from error
     shapes = {outcome.shape for outcome in outcomes}
     if len(shapes) > 1:
         raise SpecError(f"expected views of one size, found {sorted(map(list, shapes))}; end with an operation that gives a fixed size")
@@ -105,6 +110,15 @@ def _then(before: Outcome, after: Outcome) -> Outcome:
     return Outcome(weight=before.weight * after.weight, steps=before.steps + after.steps, shape=after.shape)
 
 
+def _collected(parts: Iterable[list[Outcome]]) -> list[Outcome]:
+    """All outcomes of several lists, counted as they come: a few lines of a manifest can ask for billions."""
+    made: list[Outcome] = []
+    for part in parts:
+        made += _possible(part)
+        _require_few(len(made))
+    return made
+
+
 def _possible(outcomes: list[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.weight > 0]
 
@@ -122,7 +136,7 @@ def _outcomes(transform: v2.Transform, shape: Shape) -> list[Outcome]:
         return _scaled([nothing], 1 - transform.p) + _scaled(_in_order(transform.transforms, shape), transform.p)
     if isinstance(transform, v2.RandomChoice):
         choices = zip(transform.transforms, transform.p, strict=True)
-        return [outcome for choice, share in choices for outcome in _scaled(_outcomes(choice, shape), share)]
+        return _collected(_scaled(_outcomes(choice, shape), share) for choice, share in choices)
     if isinstance(transform, v2.RandomOrder):
         return _orders(transform, shape)
     if isinstance(transform, v2.RandomCrop):
@@ -140,7 +154,7 @@ def _outcomes(transform: v2.Transform, shape: Shape) -> list[Outcome]:
 def _orders(transform: v2.RandomOrder, shape: Shape) -> list[Outcome]:
     count = math.factorial(len(transform.transforms))
     _require_few(count)
-    return [outcome for order in permutations(transform.transforms) for outcome in _scaled(_in_order(order, shape), 1 / count)]
+    return _collected(_scaled(_in_order(order, shape), 1 / count) for order in permutations(transform.transforms))
 
 
 def _crops(transform: v2.RandomCrop, shape: Shape) -> list[Outcome]:

@@ -224,10 +224,18 @@ def _build(operation: Operation, *, depth: int) -> v2.Transform:
         arguments["transforms"] = _build_contents(name, arguments.get("transforms"), depth=depth + 1)
     if name == "RandomErasing" and arguments.get("value") == "random":
         raise SpecError("RandomErasing: value = 'random' draws floats around 0, which are no pixels from 0 to 255; give a number")
+    if name == "RandomChoice" and not _are_shares(arguments.get("p")):
+        raise SpecError(f"RandomChoice: expected p as numbers from 0 on that are not all 0, found {arguments['p']!r}")
     try:
         return kind(**arguments)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a constructor raises, the user's arguments are the cause
         raise SpecError(f"{name}: {error}; given were {operation}") from error
+
+
+def _are_shares(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, list | tuple) and all(isinstance(share, int | float) and share >= 0 for share in value) and any(value)
 
 
 def _build_contents(name: str, operations: object, *, depth: int) -> list[v2.Transform]:

@@ -1,6 +1,7 @@
 """A dataset's samples as a network sees them: view, mix, and the network's own end, from (row, view number) alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from kdcache.learning.datasets import Dataset
 from kdcache.learning.mixing import Mixing, mix_images
 from kdcache.learning.operations import make_end
 from kdcache.learning.views import SeededViews
-from kdcache.records.errors import MismatchError
+from kdcache.records.errors import KdcacheError, MismatchError, SpecError
 
 End = Callable[[Tensor], Tensor]
 """What one network's images go through after the shared views: no random choices."""
@@ -98,18 +99,26 @@ class ViewedSamples:
         made = self.shared_view(sample, row, view)
         if self.end is None:
             return made
-        return View(image=self.end(made.image), label=made.label, partner_label=made.partner_label, share=made.share)
+        with self._named(row, view):
+            return View(image=self.end(made.image), label=made.label, partner_label=made.partner_label, share=made.share)
 
     def shared_view(self, sample: tuple[Tensor, int], row: int, view: int) -> View:
-        """A view before any network's own end."""
+        """A view before any network's own end.
+
+        Raises:
+            SpecError: The augmentation fails on the sample, or on the one that it is mixed with.
+        """
         image, label = sample
         key = self._keys[row].tobytes()
-        own = self.views(image, key, view)
+        with self._named(row, view):
+            own = self.views(image, key, view)
         mix = self.mixing.choose(key, view) if self.mixing else None
         if mix is None:
             return View(image=own, label=label, partner_label=label, share=1.0)
-        partner, partner_label = self.dataset[self._rows[mix.partner]]
-        mixed, share = mix_images(own, self.views(partner, mix.partner, view), mix)
+        other = self._rows[mix.partner]
+        partner, partner_label = self.dataset[other]
+        with self._named(other, view):
+            mixed, share = mix_images(own, self.views(partner, mix.partner, view), mix)
         return View(image=mixed, label=label, partner_label=partner_label, share=share)
 
     @cached_property
@@ -129,6 +138,19 @@ class ViewedSamples:
     def _rows(self) -> dict[bytes, int]:
         """The first row of each key."""
         return {key.tobytes(): row for row, key in reversed(list(enumerate(self._keys)))}
+
+    @contextmanager
+    def _named(self, row: int, view: int) -> Iterator[None]:
+        """Says which sample and view it was that operations cannot do: they were tried on another image, or come from a manifest."""
+        try:
+            yield
+        except KdcacheError as error:
+            raise type(error)(f"view {view} of {self.dataset.name_of(row)}: {error}") from error
+        except Exception as error:  # operations raise almost anything
+            raise SpecError(
+                f"view {view} of {self.dataset.name_of(row)}: the augmentation fails: {type(error).__name__}: {error}; leave the sample"
+                " out, or dump with an augmentation that takes it, such as rrc-flip,size=N"
+            ) from error
 
     def _require_partners(self, partners: NDArray[np.uint8]) -> None:
         absent = sum(partner.tobytes() not in self._rows for partner in partners)

@@ -105,9 +105,12 @@ class EpochOrder:
         self.num_samples, self.samples_a_batch = sum(map(len, blocks)), batch_size // views_per_load
         whole, rest = divmod(self.num_samples, self.samples_a_batch)
         self._in_pass = whole if whole and (drop_last or not rest) else whole + 1
-        self.num_batches = (
-            self._in_pass // views_per_load if drop_last and self._in_pass >= views_per_load else -(-self._in_pass // views_per_load)
-        )
+        if drop_last and self._in_pass < views_per_load:
+            raise ConfigError(
+                f"{self.num_samples} samples make {self._in_pass} batches of {batch_size} with {views_per_load} views of each, expected at"
+                f" least {views_per_load}, one for each epoch; take a smaller batch size or fewer views per load"
+            )
+        self.num_batches = self._in_pass // views_per_load if drop_last else -(-self._in_pass // views_per_load)
         self.epoch = self.position = 0
 
     def __len__(self) -> int:

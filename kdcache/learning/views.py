@@ -148,8 +148,8 @@ def _views_of_others(augment: str, shape: tuple[int, ...], *, seed: int, enumera
 def _try_out(augment: str, record: ViewsRecord, image_shape: tuple[int, int, int]) -> SeededViews:
     """Refuses now, and not in the middle of a dump, what does not make one repeatable image of an image."""
     noise = torch.randint(0, 256, image_shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    end = make_end(record.teacher_end)
     try:
+        end = make_end(record.teacher_end)
         try_operations(record.pipeline, noise)
         views = SeededViews(record, image_shape=image_shape)
         made = [views(noise, b"", view) for view in range(min(TRIALS, views.num_all or TRIALS))]

@@ -17,9 +17,8 @@ LARGEST_BLOCK_BYTES = 2**31
 MOST_VIEWS = 2**20
 """More would take memory for their names alone."""
 
-
-LARGEST_ALPHA = 1000.0
-"""A larger α of MixUp or CutMix always gives halves."""
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1000.0
+"""A smaller α of MixUp or CutMix, but 0 for none, always gives one of the two samples (and in the end no number); a larger one halves."""
 
 
 def check_manifest(manifest: Manifest, *, where: str) -> None:
@@ -64,10 +63,10 @@ def _mixing_problems(mixing: MixingRecord | None) -> Iterator[str]:
     if mixing and not (
         0 <= mixing.probability <= 1
         and 0 <= mixing.switch <= 1
-        and min(mixing.mixup, mixing.cutmix) >= 0
-        and 0 < max(mixing.mixup, mixing.cutmix) <= LARGEST_ALPHA
+        and all(alpha == 0 or SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA for alpha in (mixing.mixup, mixing.cutmix))
+        and max(mixing.mixup, mixing.cutmix) > 0
     ):
-        yield f"expected shares from 0 to 1 and one or two strengths up to {LARGEST_ALPHA:g}, found {mixing}"
+        yield f"expected shares from 0 to 1 and one or two strengths from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g}, found {mixing}"
 
 
 def _added_views_problems(grid: BlockGrid) -> Iterator[str]:

@@ -180,7 +180,10 @@ class BlockLedger:
         if self.is_complete:
             return
         if begun:
-            _require_equal(begun[0], self._plan, f"{self.root} holds an unfinished dump; finish that, choose another --out, or remove it")
+            given_up = self._folder if self._complete else self.root  # views that were being added go without those that are there
+            _require_equal(
+                begun[0], self._plan, f"{self.root} holds an unfinished dump; finish that, choose another --out, or remove {given_up}"
+            )
         else:
             write_atomically(self._folder / "plan.json", canonical_json(to_json(self._plan)))
 

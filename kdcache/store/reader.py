@@ -44,7 +44,7 @@ def read_manifest(root: Path) -> Manifest:
     if begun is not None:
         plan, done = begun
         raise IncompleteCacheError(
-            f"the dump into {root} is not finished: {done} of {len(plan.grid.blocks())} blocks are done;"
+            f"the dump into {root} is not finished: {done} of {plan.grid.num_blocks} blocks are done;"
             f" run the same `kdcache dump … --out {root}` again to go on"
         )
     if (root / CONVERT_FOLDER).exists():

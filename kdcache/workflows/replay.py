@@ -100,8 +100,10 @@ def replay(
     parts = []
     with (progress or Silent()).stage("replay", total=num_records, unit="records") as advance:
         for rows, view in spread(len(dataset), manifest.grid.views, num_records):
-            parts.append(_Errors.of(opened, joined, running, rows, view))
-            advance(len(rows))
+            size = max(running.batch_size, 2)  # a batch of one tells nothing of noise
+            for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
+                parts.append(_Errors.of(opened, joined, running, batch, view))
+                advance(len(batch))
     errors = _Errors.joined(parts)
     limit = ENCODING_SLACK * errors.encoding.max().item() + NOISE_SLACK * errors.noise.max().item() + ROUNDING
     problems += _label_problems(errors, limit)

@@ -94,7 +94,7 @@ def info(cache: Path) -> CacheInfo:
         first_view=grid.first_view,
         num_views=grid.num_views,
         blocks_done=done,
-        blocks_total=len(grid.blocks()),
+        blocks_total=grid.num_blocks,
         manifest=manifest,
         size_bytes=manifest.size_bytes if manifest else 0,
         float32_bytes=4 * grid.num_samples * grid.num_views * math.prod((*recipe.teacher.positions, recipe.teacher.num_classes)),
