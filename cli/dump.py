@@ -23,6 +23,7 @@ Examples:
   kdcache dump --teacher ckpt.pt --arch torchvision:resnet50 --data folder:images,split=train --augment rrc-flip,size=224 \\
       --skip-unreadable --out runs/folder
   kdcache dump --teacher a.safetensors --teacher b.pt2 --ensemble probabilities --data fashion-mini --out runs/both
+  kdcache dump --teacher net.onnx --arch onnx,norm=imagenet --data folder:images --augment rrc-flip,size=224 --out runs/onnx
   kdcache dump --teacher py:mylab.nets:build,width=2 --data fashion-mini --out runs/mine
 """
 

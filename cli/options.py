@@ -44,13 +44,13 @@ class OneOrSeveral(click.types.StringParamType):
     envvar_list_splitter = "\n"
 
 
-TEACHER_HELP = "A .safetensors, .pt, .pt2 or .onnx file, or py:MODULE:FUNCTION. Several are averaged."
+TEACHER_HELP = "A .safetensors, .pt, .pt2 or .onnx file, py:MODULE:FUNCTION, or torchvision:NAME,weights=DEFAULT; repeated: averaged."
 teacher_option = click.option("--teacher", type=OneOrSeveral(), multiple=True, required=True, help=TEACHER_HELP)
 teacher_arch_option = click.option(
     "--arch",
     type=OneOrSeveral(),
     multiple=True,
-    help="Which network, where a teacher's file does not say it: one for all, or one for each teacher.",
+    help="Which network, where a file does not say it; pt2,norm=imagenet for a .pt2. One for all, or one for each teacher.",
 )
 ensemble_option = click.option(
     "--ensemble",

@@ -282,6 +282,7 @@ def test_an_average_is_replayed_planned_and_agreed_with(folder: Path, tmp_path: 
     assert 0 < agreement <= 1
 
 
+@pytest.mark.slow
 def test_teachers_on_the_command_line(folder: Path) -> None:
     """`--teacher` may be repeated, in files, specs, a configuration and the environment, and the summary names the same recipe each time."""
     here = Path(__file__).parent

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.learning.checkpoints import LoadedModel, load_model, network_state, tensors_digest
+from kdcache.learning.exported import load_exported
 from kdcache.learning.models import build_model, load_python_object, resolve_model_spec
+from kdcache.learning.onnx_programs import load_onnx
 from kdcache.records.errors import CheckpointError, ConfigError, MismatchError, SpecError, TeacherError
 from kdcache.records.hashing import canonical_json, sha256
 from kdcache.records.jsonrecord import to_json
@@ -114,8 +116,9 @@ def load_teacher(teacher: Source, *, num_classes: int, image_shape: tuple[int, .
     """A teacher that the user named, in eval mode. Never executes anything from a file.
 
     Args:
-        teacher: A file: `.safetensors` or `.pt` as in `load_model`; or a spec: `py:MODULE:FUNCTION` whose function returns a
-            module, or any callable from images in [0, 1], [batch, channels, height, width], to logits.
+        teacher: A file: `.safetensors` or `.pt` as in `load_model`, a `.pt2` of torch.export, an `.onnx`. Or a spec that brings its
+            weights: `torchvision:NAME,weights=…`, or `py:MODULE:FUNCTION` whose function returns a module, or any callable from
+            images in [0, 1], [batch, channels, height, width], to logits.
         num_classes: Classes of the dataset.
         image_shape: Shape of one view: channels, height and width of images.
         arch: The architecture, where a file does not say it.
@@ -127,12 +130,18 @@ def load_teacher(teacher: Source, *, num_classes: int, image_shape: tuple[int, .
     """
     spec = None if Path(teacher).exists() else Spec.parse(str(teacher)) if str(teacher).startswith(_PREFIXES) else None
     if spec is None:
-        return load_model(Path(teacher), num_classes=num_classes, image_shape=image_shape, arch=arch)
+        return _load_file(Path(teacher), num_classes=num_classes, image_shape=image_shape, arch=arch)
     if arch is not None:
         raise SpecError(f"--teacher {spec} says itself which network it is; expected no --arch for it, found {arch}")
     if spec.source == "py":
         return _load_python(spec)
     return _load_published(spec, num_classes=num_classes, image_shape=image_shape)
+
+
+def _load_file(path: Path, *, num_classes: int, image_shape: tuple[int, ...], arch: Spec | None) -> LoadedModel:
+    loaders = {".pt2": load_exported, ".onnx": load_onnx}
+    load = loaders.get(path.suffix.lower(), load_model) if path.is_file() else load_model
+    return load(path, num_classes=num_classes, image_shape=image_shape, arch=arch)
 
 
 _PREFIXES = tuple(f"{source}:" for source in SPEC_SOURCES)
