@@ -10,7 +10,7 @@ import click
 import kdcache
 
 from .console import ConsoleProgress, emit, format_bytes, format_share, print_pairs
-from .options import PATH, arch_option, config_option, device_option, json_option
+from .options import PATH, config_option, device_option, ensemble_option, json_option, teacher_arch_option, teacher_option
 
 EPILOG = """\b
 Examples:
@@ -22,18 +22,22 @@ Examples:
   kdcache dump --teacher teacher.safetensors --data fashion-mini --mean-k 3 --out runs/adaptive
   kdcache dump --teacher ckpt.pt --arch torchvision:resnet50 --data folder:images,split=train --augment rrc-flip,size=224 \\
       --skip-unreadable --out runs/folder
+  kdcache dump --teacher a.safetensors --teacher b.pt2 --ensemble probabilities --data fashion-mini --out runs/both
+  kdcache dump --teacher net.onnx --arch onnx,norm=imagenet --data folder:images --augment rrc-flip,size=224 --out runs/onnx
+  kdcache dump --teacher py:mylab.nets:build,width=2 --data fashion-mini --out runs/mine
 """
 
 
 @click.command(epilog=EPILOG)
-@click.option("--teacher", type=PATH, required=True, help="The teacher's file: .safetensors, or .pt with weights.")
+@teacher_option
 @click.option(
     "--data",
     required=True,
     help="fashion-mini, folder:PATH[,split=train], torchvision:NAME,root=DIR, hf:NAME, parquet:FILE, csv:FILE or py:…",
 )
 @click.option("--out", type=PATH, required=True, help="The cache's directory.")
-@arch_option
+@teacher_arch_option
+@ensemble_option
 @click.option("--views", default="4", show_default=True,
               help="Views of each sample, or all; more than a cache in --out has: they are added. FIRST:STOP: a part, to be merged.")  # fmt: skip
 @click.option("--augment", default="crop-flip", show_default=True, help="Name or TOML file; see kdcache augment.")
@@ -54,7 +58,9 @@ Examples:
 @device_option
 @config_option
 @json_option
-def dump(teacher: Path, data: str, out: Path, codec: str, mean_k: float | None, kl: float | None, as_json: bool, **options: Any) -> None:
+def dump(
+    teacher: tuple[str, ...], data: str, out: Path, codec: str, mean_k: float | None, kl: float | None, as_json: bool, **options: Any
+) -> None:
     """Run the teacher once over every view and store its soft labels.
 
     Running the same command again goes on where the last run was cut off, and ends in the same bytes. With more --views it adds

@@ -1,13 +1,14 @@
 """`kdcache evaluate`."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 import kdcache
 
 from .console import ConsoleProgress, emit, format_share, print_pairs
-from .options import PATH, arch_option, config_option, device_option, json_option
+from .options import PATH, OneOrSeveral, arch_option, config_option, device_option, ensemble_option, json_option
 
 EPILOG = """\b
 Examples:
@@ -20,20 +21,23 @@ Examples:
 @click.option("--model", type=PATH, required=True, help="The model's file.")
 @click.option("--data", required=True, help="Dataset spec, such as fashion-mini,split=test.")
 @arch_option
-@click.option("--teacher", type=PATH, help="A second model file: the agreement with it is measured.")
-@click.option("--teacher-arch", help="The teacher's architecture where its file does not say it.")
+@click.option(
+    "--teacher", type=OneOrSeveral(), multiple=True, help="A second model: the agreement with it is measured. Several are averaged."
+)
+@ensemble_option
+@click.option("--teacher-arch", type=OneOrSeveral(), multiple=True, help="The teacher's architecture where its file does not say it.")
 @click.option("--input-size", help="Pixels of the images that the model gets, 160 or 160x192; by default what its file says.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a forward pass.")
 @device_option
 @config_option
 @json_option
 def evaluate(
-    model: Path, data: str, arch: str | None, teacher: Path | None, teacher_arch: str | None,
+    model: Path, data: str, arch: str | None, teacher: tuple[str, ...], teacher_arch: tuple[str, ...], ensemble: Literal["logits", "probabilities"],
     input_size: str | None, batch_size: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a network on a dataset: accuracy, recall, calibration, agreement with a teacher."""
     result = kdcache.evaluate(
-        model, data, arch=arch, teacher=teacher, teacher_arch=teacher_arch, input_size=input_size,
+        model, data, arch=arch, teacher=teacher or None, teacher_arch=teacher_arch, ensemble=ensemble, input_size=input_size,
         batch_size=batch_size, device=device, progress=ConsoleProgress(),
     )  # fmt: skip
     pairs = {

@@ -31,7 +31,7 @@ def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
     pairs = {
         "cache": str(result.path),
         "recipe key": result.recipe_key,
-        "teacher": f"{recipe.teacher.spec} ({recipe.teacher.sha256[:19]}…, {recipe.teacher.precision})",
+        "teacher": _teacher(recipe.teacher),
         "dataset": f"{recipe.dataset.spec}: {recipe.dataset.num_samples:,} samples, {recipe.teacher.num_classes} classes",
         "views": f"{result.num_views}{numbers} × {_views(recipe.views)}",
         "codec": recipe.codec,
@@ -59,6 +59,15 @@ def _pairs(result: "kdcache.CacheInfo") -> dict[str, str]:
         **_added(result.manifest),
         "licence": result.manifest.license or "not stated",
     }
+
+
+def _teacher(record: "kdcache.TeacherRecord") -> str:
+    """For example `small,… (sha256:1234…, float32)`; of several the average, and each."""
+    text = f"{record.spec} ({record.sha256[:19]}…, {record.precision})"
+    if not record.members:
+        return text
+    members = "; ".join(f"{member.spec} ({member.sha256[:19]}…)" for member in record.members)
+    return f"average of {record.ensemble} of {len(record.members)} teachers ({record.precision}): {members}"
 
 
 def _views(record: "kdcache.ViewsRecord") -> str:

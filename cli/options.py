@@ -26,7 +26,8 @@ def _load_config(context: click.Context, _: click.Parameter, path: Path | None) 
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise kdcache.ConfigError(f"{path}: unknown key {', '.join(unknown)}; {context.info_name} takes: {', '.join(sorted(known))}")
-    context.default_map = {**(context.default_map or {}), **{key: value for key, value in values.items() if value != ""}}
+    listed = {key: [value] if getattr(known[key], "multiple", False) and isinstance(value, str) else value for key, value in values.items()}
+    context.default_map = {**(context.default_map or {}), **{key: value for key, value in listed.items() if value != ""}}
 
 
 config_option = click.option(
@@ -35,6 +36,29 @@ config_option = click.option(
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+
+
+class OneOrSeveral(click.types.StringParamType):
+    """Text of an option that may be given several times; in the environment one a line, as file names may hold spaces."""
+
+    envvar_list_splitter = "\n"
+
+
+TEACHER_HELP = "A .safetensors, .pt, .pt2 or .onnx file, py:MODULE:FUNCTION, or torchvision:NAME,weights=DEFAULT; repeated: averaged."
+teacher_option = click.option("--teacher", type=OneOrSeveral(), multiple=True, required=True, help=TEACHER_HELP)
+teacher_arch_option = click.option(
+    "--arch",
+    type=OneOrSeveral(),
+    multiple=True,
+    help="Which network, where a file does not say it; pt2,norm=imagenet for a .pt2. One for all, or one for each teacher.",
+)
+ensemble_option = click.option(
+    "--ensemble",
+    type=click.Choice(["logits", "probabilities"]),
+    default="logits",
+    show_default=True,
+    help="What of several teachers is averaged.",
+)
 arch_option = click.option("--arch", help="The model's architecture where its file does not say it, such as torchvision:resnet18.")
 
 

@@ -1,6 +1,5 @@
 """`kdcache plan`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -8,7 +7,7 @@ import click
 import kdcache
 
 from .console import ConsoleProgress, emit, format_bytes, format_share, print_pairs, print_table
-from .options import PATH, arch_option, config_option, device_option, json_option
+from .options import PATH, config_option, device_option, ensemble_option, json_option, teacher_arch_option, teacher_option
 
 EPILOG = """\b
 Examples:
@@ -19,9 +18,10 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.option("--teacher", type=PATH, required=True, help="The teacher's file: .safetensors, or .pt with weights.")
+@teacher_option
 @click.option("--data", required=True, help="Dataset spec, such as fashion-mini.")
-@arch_option
+@teacher_arch_option
+@ensemble_option
 @click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Samples that the teacher answers.")
 @click.option("--views", type=click.IntRange(min=1), default=4, show_default=True, help="Views of each sample in the cache.")
 @click.option("--augment", default="crop-flip", show_default=True, help="Name or TOML file; see kdcache augment.")
@@ -36,7 +36,7 @@ Examples:
 @device_option
 @config_option
 @json_option
-def plan(teacher: Path, data: str, as_json: bool, **options: Any) -> None:
+def plan(teacher: tuple[str, ...], data: str, as_json: bool, **options: Any) -> None:
     """What a cache would cost and keep, codec by codec, before any GPU hour.
 
     Runs the teacher over a few samples and names the smallest codec that keeps enough of its answers, and the dump to run next.

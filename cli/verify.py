@@ -7,7 +7,7 @@ import click
 import kdcache
 
 from .console import ConsoleProgress, emit, format_bytes
-from .options import PATH, arch_option, device_option, json_option
+from .options import PATH, OneOrSeveral, device_option, json_option, teacher_arch_option
 
 EPILOG = """\b
 Examples:
@@ -21,14 +21,16 @@ Examples:
 @click.argument("cache", type=PATH)
 @click.option("--replay", "num_records", type=click.IntRange(min=1), metavar="N",
               help="Also make N views again and compare their labels with the teacher's answers; needs --teacher.")  # fmt: skip
-@click.option("--teacher", type=PATH, help="The teacher's file, for --replay.")
+@click.option(
+    "--teacher", type=OneOrSeveral(), multiple=True, help="The teacher, or all that the cache's labels are averaged from, for --replay."
+)
 @click.option("--data", help="Dataset spec for --replay, if the cached set lies elsewhere now.")
-@arch_option
+@teacher_arch_option
 @device_option
 @json_option
 @click.pass_context
 def verify(
-    context: click.Context, cache: Path, num_records: int | None, teacher: Path | None, data: str | None, arch: str | None,
+    context: click.Context, cache: Path, num_records: int | None, teacher: tuple[str, ...], data: str | None, arch: tuple[str, ...],
     device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare every byte of a cache with its manifest. Exits 3 and names each bad file and its block if any differs.
@@ -36,11 +38,11 @@ def verify(
     With --replay, also run the teacher on some views again: the error of the stored labels is shown beside what encoding them costs
     and beside the teacher's own noise, and any that do not belong to their views end in exit 3 too.
     """
-    if (num_records is None) != (teacher is None):
+    if (num_records is None) == bool(teacher):
         raise kdcache.ConfigError("--replay and --teacher go together: kdcache verify CACHE --replay 64 --teacher FILE")
     result = kdcache.verify(cache, progress=ConsoleProgress())
     replayed = None
-    if num_records is not None and teacher is not None and not result.problems:
+    if num_records is not None and not result.problems:
         replayed = kdcache.replay(
             cache, teacher, num_records=num_records, data=data, arch=arch, device=device, progress=ConsoleProgress()
         )  # fmt: skip

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kdcache.records.errors import UnreadableSampleError as UnreadableSampleError
     from kdcache.records.manifest import Manifest as Manifest
     from kdcache.records.manifest import Recipe as Recipe
+    from kdcache.records.manifest import TeacherRecord as TeacherRecord
     from kdcache.records.manifest import ViewsRecord as ViewsRecord
     from kdcache.records.progress import Progress as Progress
     from kdcache.targets.soft_targets import SoftTargets as SoftTargets
@@ -103,6 +104,7 @@ _PUBLIC = {
     "Student": "kdcache.workflows.train",
     "TAILS": "kdcache.learning.losses",
     "TeacherError": "kdcache.records.errors",
+    "TeacherRecord": "kdcache.records.manifest",
     "TrainResult": "kdcache.workflows.train",
     "TrainingOptions": "kdcache.workflows.learner",
     "UnreadableSampleError": "kdcache.records.errors",

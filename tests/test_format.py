@@ -609,7 +609,15 @@ def test_format_has_the_keys_of_manifest_and_plan() -> None:
 def test_every_record_is_specified() -> None:
     """No record of the manifest is without a table that the tests above read."""
     found = {kind for kind in vars(records).values() if dataclasses.is_dataclass(kind)}
-    parts = {records.TeacherRecord, records.DatasetRecord, records.ViewsRecord, Block, records.Lengths, records.SkippedSample}
+    parts = {
+        records.TeacherRecord,
+        records.MemberRecord,
+        records.DatasetRecord,
+        records.ViewsRecord,
+        Block,
+        records.Lengths,
+        records.SkippedSample,
+    }
     assert found == parts | {
         Recipe,
         BlockGrid,

@@ -108,7 +108,7 @@ def test_normalisation_belongs_to_the_network() -> None:
     ("spec", "message"),
     [
         ("huge,num_classes=3", "unknown model 'huge,num_classes=3'; expected one of: tiny, small, medium, large, torchvision:NAME"),
-        ("timm:vit", "unknown model 'timm:vit'"),
+        ("hub:vit", "unknown model 'hub:vit'"),
         ("torchvision:resnet19", "Unknown model resnet19; `kdcache models --all` lists the names"),
         ("torchvision:resnet18,widht=3", "unexpected keyword argument 'widht'"),
         ("tiny,channels=1,image_size=8", "expected num_classes to be a positive whole number, found None"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdcache.learning.models import InputEnd, build_model, resolve_model_spec
 from kdcache.records.errors import CheckpointError, MismatchError
+from kdcache.records.manifest import MemberRecord
 from kdcache.records.specs import Spec
 from kdcache.store.files import write_atomically
 
@@ -27,10 +28,19 @@ class LoadedModel:
     """The architecture, resolved."""
 
     sha256: str
-    """Digest over the tensors by name; see `tensors_digest`."""
+    """Digest over the tensors by name, see `tensors_digest`; of a `.pt2` or an `.onnx` over the file's bytes."""
 
     metadata: dict[str, str]
     """What the file says of itself."""
+
+    float32_only: bool = False
+    """Whether it brings an arithmetic of its own, so that no other can be asked for."""
+
+    members: tuple[MemberRecord, ...] = ()
+    """Of several teachers, which; empty for one."""
+
+    ensemble: str = ""
+    """What of several teachers is averaged; empty for one."""
 
 
 def tensors_digest(state: dict[str, Tensor]) -> str:

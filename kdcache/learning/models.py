@@ -1,4 +1,4 @@
-"""Networks by spec: presets, `torchvision:NAME`, `py:module:function`.
+"""Networks by spec: presets, `torchvision:NAME`, `timm:NAME`, `py:module:function`.
 
 A built network takes float images in [0, 1], `[batch, channels, height, width]`, whatever its own normalisation is, and
 gives logits `[batch, classes]`. Normalisation belongs to the network, so that one view feeds any teacher and any student.
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from kdcache.records.errors import SpecError
 from kdcache.records.specs import Spec, Value
 
-NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation by channel."""
+NORMALISATIONS: dict[str, Normalisation] = {
     "half": ((0.5,), (0.25,)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "none": ((0.0,), (1.0,)),
@@ -99,13 +101,13 @@ class InputEnd(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, body: nn.Module, *, channels: int, normalisation: str) -> None:
+    def __init__(self, body: nn.Module, *, channels: int, normalisation: str | Normalisation) -> None:
         super().__init__()
-        if normalisation not in NORMALISATIONS:
+        if isinstance(normalisation, str) and normalisation not in NORMALISATIONS:
             raise SpecError(f"unknown norm {normalisation!r}; expected one of: {', '.join(NORMALISATIONS)}")
-        mean, std = NORMALISATIONS[normalisation]
+        mean, std = NORMALISATIONS[normalisation] if isinstance(normalisation, str) else normalisation
         if len(mean) not in (1, channels):
-            raise SpecError(f"norm={normalisation} is for {len(mean)} channels, the network takes {channels}")
+            raise SpecError(f"norm={normalisation} is for {len(mean)} channels, the network takes {channels}; expected norm=none or half")
         self.channels = channels
         self.body = body
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
@@ -124,7 +126,8 @@ def build_model(spec: Spec, *, trusted: bool) -> nn.Module:
 
     Args:
         spec: Presets take `num_classes`, `channels`, `image_size` and `norm`; `torchvision:` takes `norm`
-            (default `imagenet`) and the builder's own arguments; `py:` the function's own arguments.
+            (default `imagenet`) and the builder's own arguments; `timm:` takes `norm` (default: what timm says of the network) and
+            the arguments of `timm.create_model`; `py:` the function's own arguments.
         trusted: Whether the user typed the spec. `py:` runs code, so one that was read from a file is refused.
 
     Returns:
@@ -138,9 +141,11 @@ def build_model(spec: Spec, *, trusted: bool) -> nn.Module:
         return _build_preset(spec)
     if spec.source == "torchvision":
         return _build_torchvision(spec)
+    if spec.source == "timm":
+        return _build_timm(spec)
     if spec.source == "py":
         return _build_python(spec, trusted=trusted)
-    known = ", ".join([*PRESETS, "torchvision:NAME", "py:MODULE:FUNCTION"])
+    known = ", ".join([*PRESETS, "torchvision:NAME", "timm:NAME", "py:MODULE:FUNCTION"])
     raise SpecError(f"unknown model {str(spec)!r}; expected one of: {known} (see: kdcache models)")
 
 
@@ -160,7 +165,7 @@ def resolve_model_spec(spec: Spec, *, num_classes: int, image_shape: tuple[int, 
             raise SpecError(f"{spec} takes images [channels, height, width], found samples of {list(image_shape)}; give a py: model")
         channels, height, width = image_shape
         return spec.with_defaults(num_classes=num_classes, channels=channels, image_size=max(height, width))
-    return spec.with_defaults(num_classes=num_classes) if spec.source == "torchvision" else spec
+    return spec.with_defaults(num_classes=num_classes) if spec.source in ("torchvision", "timm") else spec
 
 
 def load_python_object(spec: Spec, *, trusted: bool, option: str) -> object:
@@ -194,6 +199,26 @@ def _build_torchvision(spec: Spec) -> nn.Module:
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise SpecError(f"{spec}: {error}; `kdcache models --all` lists the names") from error
     return InputEnd(body, channels=3, normalisation=normalisation)
+
+
+def _build_timm(spec: Spec) -> nn.Module:
+    """Weights are `DEFAULT`, those that timm takes for the name, or the tag of others; none unless they are asked for."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise SpecError(f"{spec} needs timm: pip install 'kdcache[timm]' ({error})") from error
+    options: dict[str, Value] = dict(spec.options)
+    normalisation, weights = options.pop("norm", None), options.pop("weights", None)
+    name = spec.name if weights in (None, "DEFAULT") else f"{spec.name.partition('.')[0]}.{weights}"
+    try:
+        body = timm.create_model(name, pretrained=weights is not None, **options)
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        raise SpecError(f"{spec}: {error}; timm.list_models() lists the names") from error
+    published = (tuple(body.pretrained_cfg["mean"]), tuple(body.pretrained_cfg["std"]))
+    channels = spec.options.get("in_chans", 3)
+    if not isinstance(channels, int):
+        raise SpecError(f"{spec}: expected in_chans to be a whole number, found {channels!r}")
+    return InputEnd(body, channels=channels, normalisation=published if normalisation is None else str(normalisation))
 
 
 def _build_python(spec: Spec, *, trusted: bool) -> nn.Module:

@@ -20,19 +20,33 @@ NO_DIGEST = "sha256:" + 64 * "0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherRecord:
-    """Which teacher."""
+class MemberRecord:
+    """One teacher of several whose answers are averaged."""
 
     spec: str
     """Architecture, resolved."""
     sha256: str
-    """Digest over the tensors by name."""
+    """Digest as of a teacher that stands alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherRecord:
+    """Which teacher."""
+
+    spec: str
+    """Architecture, resolved; `ensemble` for several teachers."""
+    sha256: str
+    """Digest over the tensors by name; of a `.pt2` or an `.onnx` over the file; of several teachers over their records."""
     num_classes: int
     """Length of the logits' class axis."""
     precision: str
     """Arithmetic of the forward pass: `float32` or `bfloat16`."""
     positions: tuple[int, ...] = ()
     """Axes of the logits between batch and classes: () for classification, (length,) for tokens, (height, width) for pixels."""
+    members: tuple[MemberRecord, ...] = optional(())
+    """Several teachers, sorted by digest, in which order they are averaged; empty for one."""
+    ensemble: str = optional("")
+    """What of several teachers is averaged: `logits` or `probabilities`; empty for one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ def list_models() -> list[ModelListing]:
         listings.append(ModelListing(spec=name, num_parameters=parameters, summary=preset.summary))
     names = torchvision.models.list_models(module=torchvision.models)
     listings += [ModelListing(spec=f"torchvision:{name}", num_parameters=None, summary="torchvision") for name in names]
+    listings.append(ModelListing(spec="timm:NAME", num_parameters=None, summary="timm's networks; pip install 'kdcache[timm]'"))
     listings.append(
         ModelListing(spec="py:MODULE:FUNCTION", num_parameters=None, summary="your own function that returns a torch.nn.Module")
     )

@@ -4,6 +4,7 @@ import getpass
 import math
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from kdcache.learning.cache import make_probes
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset, with_absolute_paths
+from kdcache.learning.teachers import Ensemble, Source, as_list
 from kdcache.learning.views import library_versions
 from kdcache.records.errors import CacheExistsError, ConfigError, MismatchError
 from kdcache.records.manifest import (
@@ -64,11 +66,12 @@ class DumpResult:
 
 
 def dump(
-    teacher: Path,
+    teacher: Source | Sequence[Source],
     data: str,
     out: Path,
     *,
-    arch: str | None = None,
+    arch: str | Sequence[str] | None = None,
+    ensemble: Ensemble = "logits",
     views: int | str = 4,
     augment: str = "crop-flip",
     codec: str = "auto",
@@ -93,10 +96,11 @@ def dump(
     that it began with, its groups of views are those in which they were dumped, and its provenance tells of both dumps.
 
     Args:
-        teacher: The teacher's file; see `load_model`.
+        teacher: The teacher: a file, or a spec that brings its weights, see `load_teacher`; or several of these, averaged.
         data: Dataset spec.
         out: The cache's directory.
-        arch: The teacher's architecture where its file does not say it.
+        arch: The teacher's architecture where its file does not say it; one for each of several, in their order.
+        ensemble: What of several teachers is averaged: `logits`, or `probabilities` (at T = 1).
         views: Views of each sample; or `FIRST:STOP`, such as `8:16` for views 8 to 15, for a part that `merge` joins with others; or
             `all` views that the augmentation can make, where their number is finite.
         augment: Pipeline name or TOML file.
@@ -130,7 +134,7 @@ def dump(
             f"expected a layout of {', '.join(DUMP_LAYOUTS)}, found {layout!r}; `kdcache convert` makes others of a whole cache"
         )
     running, loaded = open_teacher(
-        teacher, data, arch=arch, augment=augment, seed=seed, batch_size=batch_size, precision=precision, device=device,
+        teacher, data, arch=arch, ensemble=ensemble, augment=augment, seed=seed, batch_size=batch_size, precision=precision, device=device,
         enumerated=views == ALL_VIEWS, skip_unreadable=skip_unreadable, progress=progress,
     )  # fmt: skip
     dataset = running.dataset
@@ -320,7 +324,13 @@ def sample_fields(dataset: Dataset) -> tuple[FieldRecord, FieldRecord]:
 
 def _teacher_record(loaded: LoadedModel, dataset: Dataset, precision: Precision, positions: tuple[int, ...]) -> TeacherRecord:
     return TeacherRecord(
-        spec=str(loaded.spec), sha256=loaded.sha256, num_classes=dataset.num_classes, precision=precision, positions=positions
+        spec=str(loaded.spec),
+        sha256=loaded.sha256,
+        num_classes=dataset.num_classes,
+        precision=precision,
+        positions=positions,
+        members=loaded.members,
+        ensemble=loaded.ensemble,
     )
 
 
@@ -333,8 +343,11 @@ def _tell_of_skipped(dataset: Dataset, progress: Progress) -> None:
         )
 
 
-def _provenance(teacher: Path, dataset: Dataset, *, batch_size: int, device: torch.device, command: str | None) -> Provenance:
+def _provenance(
+    teacher: Source | Sequence[Source], dataset: Dataset, *, batch_size: int, device: torch.device, command: str | None
+) -> Provenance:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    names = [str(source) for source in as_list(teacher)]
     created = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     return Provenance(
         created=created.isoformat(timespec="seconds"),
@@ -343,7 +356,7 @@ def _provenance(teacher: Path, dataset: Dataset, *, batch_size: int, device: tor
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         batch_size=batch_size,
         versions={"python": platform.python_version(), "numpy": np.__version__, **library_versions()},
-        teacher_file=str(teacher).encode("utf-8", "replace").decode(),
+        teacher_file=(names[0] if len(names) == 1 else shlex.join(names)).encode("utf-8", "replace").decode(),
         dataset_spec=str(with_absolute_paths(dataset.spec)),
         skipped=dataset.skipped,
     )

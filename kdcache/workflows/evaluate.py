@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error, multiclass_recall
 
 from kdcache.learning.augmentations import read_size
-from kdcache.learning.checkpoints import LoadedModel, load_model
+from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import stack_images, to_unit_range
 from kdcache.learning.samples import End, EvaluationEnd
+from kdcache.learning.teachers import Ensemble, Source, load_teachers
 from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
@@ -47,8 +48,9 @@ def evaluate(
     data: str,
     *,
     arch: str | None = None,
-    teacher: Path | None = None,
-    teacher_arch: str | None = None,
+    teacher: Source | Sequence[Source] | None = None,
+    teacher_arch: str | Sequence[str] | None = None,
+    ensemble: Ensemble = "logits",
     input_size: int | str | None = None,
     batch_size: int = 256,
     device: str = "auto",
@@ -60,8 +62,9 @@ def evaluate(
         model: The model file.
         data: Dataset spec, such as `fashion-mini,split=test`.
         arch: The model's architecture where its file does not say it.
-        teacher: A second model file, for the agreement; None for none.
-        teacher_arch: The teacher's architecture where its file does not say it.
+        teacher: A teacher, or several as one, for the agreement, see `load_teachers`; None for none.
+        teacher_arch: The teacher's architecture where its file does not say it; one for each of several.
+        ensemble: What of several teachers is averaged: `logits` or `probabilities`.
         input_size: Pixels of the images that the model gets, `160` or `160x192`; when None what its file says, else as they are.
         batch_size: Samples in a forward pass.
         device: `auto`, `cpu`, `cuda`, …
@@ -76,7 +79,7 @@ def evaluate(
     torch_device = resolve_device(device)
     teacher_logits = None
     if teacher is not None:
-        loaded = load_for(dataset, teacher, arch=teacher_arch)
+        loaded = load_for(dataset, teacher, arch=teacher_arch, ensemble=ensemble)
         size = recorded_size(loaded)
         teacher_logits, _ = predict(
             loaded.model, dataset, size=size, batch_size=batch_size, device=torch_device, name="teacher", progress=progress
@@ -93,10 +96,12 @@ def recorded_size(model: LoadedModel) -> tuple[int, int] | None:
     return None if size is None else read_size(size, "input_size")
 
 
-def load_for(dataset: Dataset, path: Path, *, arch: str | None) -> LoadedModel:
-    """Loads a model file for a dataset's classes and images."""
-    spec = None if arch is None else Spec.parse(arch)
-    return load_model(path, num_classes=dataset.num_classes, image_shape=dataset.sample_shape, arch=spec)
+def load_for(
+    dataset: Dataset, teacher: Source | Sequence[Source], *, arch: str | Sequence[str] | None, ensemble: Ensemble = "logits"
+) -> LoadedModel:
+    """Loads a model, or several as one, for a dataset's classes and images."""
+    archs = [arch] if isinstance(arch, str) else arch or []
+    return load_teachers(teacher, num_classes=dataset.num_classes, image_shape=dataset.sample_shape, archs=archs, ensemble=ensemble)
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from kdcache.learning.teachers import Ensemble, Source, as_list
 from kdcache.records.errors import ConfigError
 from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
@@ -71,10 +72,11 @@ class PlanResult:
 
 
 def plan(
-    teacher: Path,
+    teacher: Source | Sequence[Source],
     data: str,
     *,
-    arch: str | None = None,
+    arch: str | Sequence[str] | None = None,
+    ensemble: Ensemble = "logits",
     views: int = 4,
     augment: str = "crop-flip",
     codecs: Sequence[str] = (),
@@ -91,9 +93,10 @@ def plan(
     """Runs the teacher over a few samples and says what each codec would cost for all of them, and what it would keep.
 
     Args:
-        teacher: The teacher's file; see `load_model`.
+        teacher: The teacher, or several as one; see `dump`.
         data: Dataset spec.
-        arch: The teacher's architecture where its file does not say it.
+        arch: The teacher's architecture where its file does not say it; one for each of several.
+        ensemble: What of several teachers is averaged: `logits` or `probabilities`.
         views: Views of each sample in the cache.
         augment: Pipeline name or TOML file.
         codecs: Codec specs to look at; a choice by the number of classes when empty.
@@ -118,7 +121,9 @@ def plan(
     budget_bytes = _check_numbers(samples=samples, views=views, temperature=temperature, kl=kl, budget=budget)
     if out is not None:
         check_page(out)
-    running, _ = open_teacher(teacher, data, arch=arch, augment=augment, seed=0, batch_size=batch_size, precision=precision, device=device)
+    running, _ = open_teacher(
+        teacher, data, arch=arch, ensemble=ensemble, augment=augment, seed=0, batch_size=batch_size, precision=precision, device=device
+    )
     dataset = running.dataset
     specs = [Spec.parse(text) for text in codecs] or candidate_codecs(dataset.num_classes, temperature)
     asked = {str(spec): _make_codec(spec, num_classes=dataset.num_classes, temperature=temperature) for spec in specs}
@@ -142,7 +147,7 @@ def plan(
     recommended, best, verdict = _recommend(measured, temperature=temperature, kl=kl, budget=budget_bytes)
     chosen = recommended or best
     command = None if chosen is None else _dump_command(
-        teacher, data, arch=arch, views=views, augment=augment, codec=chosen.codec,
+        teacher, data, arch=arch, ensemble=ensemble, views=views, augment=augment, codec=chosen.codec,
         batch_size=batch_size, precision=precision, device=device,
     )  # fmt: skip
     if out is not None:
@@ -248,11 +253,23 @@ def _recommend(
 
 
 def _dump_command(
-    teacher: Path, data: str, *, arch: str | None, views: int, augment: str, codec: str, batch_size: int, precision: str, device: str
+    teacher: Source | Sequence[Source],
+    data: str,
+    *,
+    arch: str | Sequence[str] | None,
+    ensemble: Ensemble,
+    views: int,
+    augment: str,
+    codec: str,
+    batch_size: int,
+    precision: str,
+    device: str,
 ) -> str:
     """As a shell takes it; settings that are what dump does anyway are left out."""
-    options = {"--teacher": str(teacher), "--data": data, "--views": str(views), "--augment": augment, "--codec": codec}
-    defaults = {"--arch": None, "--batch-size": "256", "--precision": "auto", "--device": "auto"}
-    given = {"--arch": arch, "--batch-size": str(batch_size), "--precision": precision, "--device": device}
-    options |= {name: value for name, value in given.items() if value is not None and value != defaults[name]}
-    return shlex.join(["kdcache", "dump", *(word for option in options.items() for word in option), "--out", "runs/cache"])
+    archs = [arch] if isinstance(arch, str) else arch or []
+    options = [("--teacher", str(source)) for source in as_list(teacher)] + [("--arch", spec) for spec in archs]
+    options += [("--data", data), ("--views", str(views)), ("--augment", augment), ("--codec", codec)]
+    defaults = {"--ensemble": "logits", "--batch-size": "256", "--precision": "auto", "--device": "auto"}
+    given = {"--ensemble": ensemble, "--batch-size": str(batch_size), "--precision": precision, "--device": device}
+    options += [(name, value) for name, value in given.items() if value != defaults[name]]
+    return shlex.join(["kdcache", "dump", *(word for option in options for word in option), "--out", "runs/cache"])

@@ -1,7 +1,7 @@
 """`kdcache verify --replay`: whether stored soft labels are what the teacher gives for the views that students will see."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,15 +15,16 @@ from kdcache.learning.cache import Cache, Joined
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import open_dataset
 from kdcache.learning.operations import make_end
+from kdcache.learning.teachers import Ensemble, Source
 from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.records.hashing import stable_integer
 from kdcache.records.progress import Progress, Silent
 from kdcache.records.specs import Spec
 from kdcache.targets.sampled import Sampled
 from kdcache.targets.soft_targets import SoftTargets
-from kdcache.workflows.devices import Precision, resolve_device, resolve_precision
+from kdcache.workflows.devices import Precision, resolve_device
 from kdcache.workflows.evaluate import load_for
-from kdcache.workflows.teaching import Teacher
+from kdcache.workflows.teaching import Teacher, arithmetic_of
 
 VIEWS = 8
 """Views among which the replayed records are spread: a batch is of one view."""
@@ -56,11 +57,11 @@ class ReplayResult:
 
 def replay(
     cache: Path,
-    teacher: Path,
+    teacher: Source | Sequence[Source],
     *,
     num_records: int = 64,
     data: str | None = None,
-    arch: str | None = None,
+    arch: str | Sequence[str] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> ReplayResult:
@@ -68,10 +69,10 @@ def replay(
 
     Args:
         cache: The cache's directory.
-        teacher: The teacher's file; see `load_model`.
+        teacher: The teacher, or all of several, in any order; see `dump`. They are averaged as the cache's were.
         num_records: How many (sample, view) records to make again, spread over the whole cache.
         data: Dataset spec, where the cached set lies elsewhere now.
-        arch: The teacher's architecture where its file does not say it.
+        arch: The teacher's architecture where its file does not say it; one for each of several.
         device: Where the teacher runs.
         progress: Told how far it is.
 
@@ -90,11 +91,11 @@ def replay(
     spec = Spec.parse(data or manifest.provenance.dataset_spec)
     dataset = open_dataset(spec, trusted=data is not None, skipped=manifest.provenance.skipped)
     joined = opened.join(dataset, end=make_end(recipe.views.teacher_end))
-    loaded = load_for(dataset, teacher, arch=arch)
+    loaded = load_for(dataset, teacher, arch=arch, ensemble=cast(Ensemble, recipe.teacher.ensemble or "logits"))
     torch_device = resolve_device(device)
     running = Teacher(
         joined.samples, loaded.model, batch_size=manifest.provenance.batch_size,
-        precision=resolve_precision(cast(Precision, recipe.teacher.precision), torch_device), device=torch_device,
+        precision=arithmetic_of(loaded, cast(Precision, recipe.teacher.precision), torch_device), device=torch_device,
     )  # fmt: skip
     problems = [*_weights_problem(opened, loaded), *_pixels_problem(joined)]
     parts = []

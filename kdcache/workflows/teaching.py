@@ -1,7 +1,6 @@
 """The teacher at work: checked logits for views of samples, and whole blocks of encoded records."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import channels_last, stack_images, to_unit_range
 from kdcache.learning.operations import make_end
 from kdcache.learning.samples import ViewedSamples
+from kdcache.learning.teachers import Ensemble, Source
 from kdcache.learning.views import make_views
 from kdcache.records.errors import ConfigError, MismatchError, TeacherError
 from kdcache.records.hashing import stable_integer
@@ -72,12 +72,13 @@ class Teacher:
         """Answers to one view of decoded samples, the dataset's items of these rows.
 
         Raises:
-            TeacherError: The teacher gave NaN, infinity or a wrong shape.
+            TeacherError: The teacher gave NaN, infinity or a wrong shape, or put itself into training mode.
         """
         views = [self.samples.view(sample, row, view) for sample, row in zip(decoded, rows, strict=True)]
         pixels = channels_last(to_unit_range(stack_images([made.image for made in views]), self.device))
         with autocast(self.precision, self.device):
             logits: Tensor = self.model(pixels).float()
+        self._check_mode()
         self._check(logits, rows, view)
         return Answer(logits, torch.tensor([made.main_label for made in views]))
 
@@ -96,6 +97,12 @@ class Teacher:
         """What a codec that draws draws with: one whole number for each record."""
         return [stable_integer("codec", self.samples.views.record.seed, self.dataset.keys[row].tobytes(), view) for row in rows]
 
+    def _check_mode(self) -> None:
+        """In training mode, batch norm and dropout would give each image another answer in each batch."""
+        training = next((name or "the whole" for name, module in self.model.named_modules() if module.training), None)
+        if training is not None:
+            raise TeacherError(f"the teacher puts itself into training mode (module {training}); its answers would be left to chance")
+
     def _check(self, logits: Tensor, rows: Sequence[int], view: int) -> None:
         expected = self.dataset.num_classes
         if logits.ndim < 2 or logits.shape[0] != len(rows) or logits.shape[-1] != expected:
@@ -112,10 +119,11 @@ class Teacher:
 
 
 def open_teacher(
-    teacher: Path,
+    teacher: Source | Sequence[Source],
     data: str,
     *,
-    arch: str | None,
+    arch: str | Sequence[str] | None,
+    ensemble: Ensemble,
     augment: str,
     seed: int,
     batch_size: int,
@@ -128,9 +136,10 @@ def open_teacher(
     """A teacher, ready to answer to views of a dataset, and what its file says of it.
 
     Args:
-        teacher: The teacher's file; see `load_model`.
+        teacher: The teacher, or several as one; see `load_teachers`.
         data: Dataset spec that the user typed.
-        arch: The teacher's architecture where its file does not say it.
+        arch: The teacher's architecture where its file does not say it; one for each of several.
+        ensemble: What of several teachers is averaged.
         augment: Pipeline name or TOML file.
         seed: Seed of the views.
         batch_size: Samples in a forward pass.
@@ -148,12 +157,23 @@ def open_teacher(
     """
     dataset = open_dataset(Spec.parse(data), trusted=True, skip_unreadable=skip_unreadable, progress=progress)
     _check_labels(dataset)
-    loaded = load_for(dataset, teacher, arch=arch)
+    loaded = load_for(dataset, teacher, arch=arch, ensemble=ensemble)
     torch_device = resolve_device(device)
-    arithmetic = resolve_precision(precision, torch_device)
+    arithmetic = arithmetic_of(loaded, precision, torch_device)
     views = make_views(augment, seed=seed, image_shape=dataset.sample_shape, enumerated=enumerated)
     samples = ViewedSamples(dataset, views, end=make_end(views.record.teacher_end) if views.record.teacher_end else None)
     return Teacher(samples, loaded.model, batch_size=batch_size, precision=arithmetic, device=torch_device), loaded
+
+
+def arithmetic_of(loaded: LoadedModel, precision: Precision, device: torch.device) -> Precision:
+    """The resolved arithmetic of a teacher's forward pass.
+
+    Raises:
+        ConfigError: The teacher brings its own, and it is not the one that is asked for.
+    """
+    if loaded.float32_only and precision == "bfloat16":
+        raise ConfigError(f"{loaded.spec} runs in float32, as it was exported; expected --precision float32 or auto, found bfloat16")
+    return resolve_precision("float32" if loaded.float32_only else precision, device)
 
 
 def _check_labels(dataset: Dataset) -> None:
