@@ -588,7 +588,6 @@ def key_paths(kind: Any) -> set[str]:
         ("3.5", [FileRecord, records.BlockRecord]),
         ("3.6", [Statistics]),
         ("3.7", [Provenance]),
-        ("11", [records.MixingRecord]),
         ("12", [Probe]),
     ],
 )

@@ -99,11 +99,16 @@ def test_all_views_of_an_endless_augmentation_are_refused(tmp_path: Path) -> Non
 
 
 def test_evaluation_shows_whole_images_at_the_networks_size() -> None:
-    """An image of the right size stays as it is, a smaller one is resized, and of a larger one the middle is shown."""
+    """An image of the right size stays as it is; of others the middle is shown, and nothing is squashed."""
     end = EvaluationEnd((16, 16))
     right = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     assert torch.equal(end(right), right)
     assert end(right[:, :10, :12]).shape == (3, 16, 16)
+    square = torch.zeros(3, 16, 30, dtype=torch.uint8)
+    square[:, 4:12, 11:19] = 255
+    bright = (end(square)[0] > 127).nonzero()
+    height, width = (bright.max(0).values - bright.min(0).values + 1).tolist()
+    assert height == width == 9
     wide = torch.zeros(3, 40, 80, dtype=torch.uint8)
     wide[:, :, 30:50] = 255
     shown = end(wide)

@@ -49,9 +49,10 @@ def resize_end(size: tuple[int, int]) -> End:
 
 
 class EvaluationEnd:
-    """Brings whole images of any size to a network's, without chance.
+    """Brings whole images of any size to a network's, without chance and without squashing them.
 
-    An image of that size already is left as it is, a smaller one resized, and of a larger one the middle is shown.
+    An image of that size already is left as it is. Of others the middle is shown: of an image with more pixels after its shorter
+    side was resized to the size / 0.875, of one with fewer after that was resized to the size.
 
     Args:
         size: Height and width.
@@ -59,16 +60,17 @@ class EvaluationEnd:
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
-        shorter = round(max(size) / SHOWN)
-        self._resize = resize_end(size)
-        self._crop = make_end([{"op": "Resize", "size": [shorter], "antialias": True}, {"op": "CenterCrop", "size": list(size)}])
+        self._larger, self._smaller = (
+            make_end([{"op": "Resize", "size": [side], "antialias": True}, {"op": "CenterCrop", "size": list(size)}])
+            for side in (round(max(size) / SHOWN), max(size))
+        )
 
     def __call__(self, image: Tensor) -> Tensor:
         """A uint8 image [channels, height, width] at the network's size; other samples as they are."""
         if image.ndim != 3 or tuple(image.shape[1:]) == self.size:
             return image
-        larger = all(side > wanted for side, wanted in zip(image.shape[1:], self.size, strict=True))
-        return self._crop(image) if larger else self._resize(image)
+        has_more = all(side >= wanted for side, wanted in zip(image.shape[1:], self.size, strict=True))
+        return self._larger(image) if has_more else self._smaller(image)
 
 
 class ViewedSamples:
