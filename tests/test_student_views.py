@@ -108,7 +108,7 @@ def test_evaluation_shows_whole_images_at_the_networks_size() -> None:
     square[:, 4:12, 11:19] = 255
     bright = (end(square)[0] > 127).nonzero()
     height, width = (bright.max(0).values - bright.min(0).values + 1).tolist()
-    assert height == width == 9
+    assert abs(height - width) <= 1  # squashed, it would be half as wide
     wide = torch.zeros(3, 40, 80, dtype=torch.uint8)
     wide[:, :, 30:50] = 255
     shown = end(wide)
