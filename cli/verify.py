@@ -40,6 +40,8 @@ def verify(
     """
     if (num_records is None) == bool(teacher):
         raise kdcache.ConfigError("--replay and --teacher go together: kdcache verify CACHE --replay 64 --teacher FILE")
+    if num_records is None and (data or arch):
+        raise kdcache.ConfigError("--data and --arch are for --replay: kdcache verify CACHE --replay 64 --teacher FILE --data SPEC")
     result = kdcache.verify(cache, progress=ConsoleProgress())
     replayed = None
     if num_records is not None and not result.problems:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import kdcache, kdcache_json
 from images_on_disk import encoded, picture
-from stored import LinearTeacher, Noise, dump_noise
+from stored import LinearTeacher, Noise, dump_noise, signed
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -17,7 +17,8 @@ from kdcache.learning.checkpoints import load_model
 from kdcache.learning.datasets import wrap_dataset
 from kdcache.learning.losses import distillation_loss
 from kdcache.learning.samples import EvaluationEnd
-from kdcache.records.errors import ConfigError, SpecError
+from kdcache.records.errors import ConfigError, MismatchError, SpecError
+from kdcache.records.manifest import MANIFEST_NAME
 from kdcache.records.specs import Spec
 from kdcache.targets.soft_targets import SoftTargets
 
@@ -96,6 +97,20 @@ def test_all_views_of_an_endless_augmentation_are_refused(tmp_path: Path) -> Non
         dump_noise(tmp_path, codec="dense", num_classes=NUM_CLASSES, augment="rrc-flip", views="all")
     with pytest.raises(ConfigError, match="or all"):
         dump_noise(tmp_path, codec="dense", num_classes=NUM_CLASSES, augment="crop-flip", views="every")
+
+
+def test_a_part_without_probed_samples_needs_the_same_libraries(tmp_path: Path) -> None:
+    """Where no recorded pixels can be compared, other library versions are refused; the same ones are enough."""
+    manifest = dump_noise(tmp_path, codec="dense", num_classes=NUM_CLASSES, augment="crop-flip").manifest
+    noise, probed = Noise(NUM_CLASSES), {probe.row for probe in manifest.probes}
+    part = wrap_dataset([noise[row] for row in range(len(noise)) if row not in probed], num_classes=NUM_CLASSES)
+    Cache(tmp_path / "cache").join(part).check_probes()
+    path = tmp_path / "cache" / MANIFEST_NAME
+    document = json.loads(path.read_bytes())
+    document["recipe"]["views"]["versions"]["torchvision"] = "0.1.0"
+    path.write_bytes(signed(document))
+    with pytest.raises(MismatchError, match=r"none of the samples whose pixels were recorded .*0\.1\.0"):
+        Cache(tmp_path / "cache").join(part).check_probes()
 
 
 def test_evaluation_shows_whole_images_at_the_networks_size() -> None:

@@ -258,21 +258,24 @@ class Joined:
     def check_probes(self) -> None:
         """Recomputes a few views and compares their pixels with those that the teacher saw.
 
-        Samples that are not in the dataset are passed over.
+        Samples that are not in the dataset are passed over; where none is left, the versions of the libraries must be the same.
 
         Raises:
             MismatchError: Pixels differ: another library version or another decoder.
         """
         row_of_cached = dict(zip(self._rows.tolist(), range(len(self._rows)), strict=True))
-        recipe = self._cache.manifest.recipe
-        for probe in self._cache.manifest.probes:
-            row = row_of_cached.get(probe.row)
-            if row is not None and probe_view(self.samples, row, probe.view) != probe.sha256:
-                raise MismatchError(
-                    f"view {probe.view} of {self.samples.dataset.name_of(row)} has other pixels than the teacher saw. The cache was"
-                    f" made with {recipe.views.versions}, here are {library_versions()}; install those versions, dump again, or accept"
-                    " labels that belong to other pixels: --allow-changed-pixels"
-                )
+        made_with = self._cache.manifest.recipe.views.versions
+        mend = (
+            f"The cache was made with {made_with}, here are {library_versions()}; install those versions, dump again, or accept labels that"
+            " belong to other pixels: --allow-changed-pixels"
+        )
+        probes = [(row_of_cached[probe.row], probe) for probe in self._cache.manifest.probes if probe.row in row_of_cached]
+        for row, probe in probes:
+            if probe_view(self.samples, row, probe.view) != probe.sha256:
+                name = self.samples.dataset.name_of(row)
+                raise MismatchError(f"view {probe.view} of {name} has other pixels than the teacher saw. {mend}")
+        if not probes and made_with != library_versions():
+            raise MismatchError(f"none of the samples whose pixels were recorded is in the dataset. {mend}")
 
     def blocks(self, order: Order) -> list[NDArray[np.int64]] | None:
         """The dataset's rows by the cache's ranges of samples, if they are to be read range by range; else None.
