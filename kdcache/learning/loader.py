@@ -27,7 +27,7 @@ Inputs = Float[Tensor, "batch channels height width"] | Float[Tensor, "batch fea
 Labels = Int64[Tensor, "batch"] | Float[Tensor, "batch classes"]
 """Classes; or, where views are mixed, the share of each class."""
 
-BATCHES_A_GATHER = 16
+BATCHES_A_GATHER = 32
 """Batches whose soft targets are read together: of a single one, most of the time is the cost of the calls."""
 
 

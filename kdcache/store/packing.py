@@ -50,7 +50,9 @@ def unpack_rows(data: NDArray[np.uint8], num_rows: int, stride: int, length: int
     """
     first, shift, word = _places(length, bits)
     words = np.ndarray((num_rows, packed_bytes(length, bits)), word, data, strides=(stride, 1))
-    entries: NDArray[Any] = (words[:, first] >> shift) & word.type(2**bits - 1)
+    entries: NDArray[Any] = words[:, first]
+    entries >>= shift
+    entries &= word.type(2**bits - 1)
     return entries
 
 

@@ -6,7 +6,6 @@ from functools import lru_cache
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.nn import functional
 
 from kdcache.records.errors import SpecError
 from kdcache.records.manifest import FieldRecord, Lengths
@@ -62,8 +61,10 @@ def decode_falls(codes: UInt8[Tensor, "*batch falls"], fall_range: float, levels
 
     Sums of squared codes are whole numbers, which float32 holds exactly for up to 258 falls: there is one rounding, at the end.
     """
-    sums = codes.float().square_().cumsum(dim=-1)
-    return functional.pad(sums.mul_(-fall_range / levels**2), (1, 0))
+    sums = torch.empty(*codes.shape[:-1], codes.shape[-1] + 1, device=codes.device)
+    sums[..., 0] = 0
+    torch.cumsum(codes.float().square_(), dim=-1, out=sums[..., 1:])
+    return sums.mul_(-fall_range / levels**2)
 
 
 def tail_masses(
