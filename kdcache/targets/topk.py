@@ -43,7 +43,7 @@ class TopK:
         num_classes: Length of the class axis.
         temperatures: Declared temperatures, at which the tail's mass is stored.
         gap_range: The largest fall that a code can say, in nats; larger ones are stored as this.
-        levels: The code of that fall; 254 takes a byte and adds 1e-5 nat, 96 takes 7 bits and adds less than 1e-4.
+        levels: The code of that fall; 254 takes a byte and adds 1e-5 nat, 94 takes 7 bits and adds less than 1e-4.
         values: `uint8` for falls of one byte, `float16` for log-probabilities below the first one's.
         profile: Whether the cache keeps the teacher's mean answer to each top class, which shapes the tail.
     """

@@ -79,7 +79,7 @@ def rows() -> Iterator[str]:
     for text in (
         "topk,k=10",
         "topk,k=16",
-        "topk,k=16,levels=96",
+        "topk,k=16,levels=94",
         "topk,k=32",
         "topk,k=100",
         "topk,k=16,values=float16",
