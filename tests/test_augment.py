@@ -11,7 +11,7 @@ from replaying import noise_image
 from torchvision.transforms import v2
 
 from kdcache.learning.augmentations import PIPELINES, augmentation_text, list_augmentations, read_augmentation
-from kdcache.learning.operations import make_end
+from kdcache.learning.operations import End
 from kdcache.learning.views import SeededViews, make_views
 from kdcache.records.errors import SpecError
 from kdcache.records.manifest import MixingRecord
@@ -164,7 +164,7 @@ def test_values_that_no_manifest_holds_are_refused(value: str, tmp_path: Path) -
 def test_teacher_has_an_end_of_its_own(file: Path) -> None:
     """The shared views have the students' size; the teacher's end makes of them what the teacher wants."""
     views = make(str(file))
-    end = make_end(views.record.teacher_end)
+    end = End(views.record.teacher_end)
     assert views.record.teacher_end == ({"op": "Resize", "size": [40, 48]}, {"op": "CenterCrop", "size": 32})
     assert views.output_shape(SHAPE) == SHAPE
     assert end.output_shape(views.output_shape(SHAPE)) == (3, 32, 32)

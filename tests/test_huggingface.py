@@ -11,7 +11,7 @@ import torch
 from images_on_disk import encoded, opened, picture
 
 from kdcache.learning.datasets import held_out_split, with_absolute_paths, wrap_dataset
-from kdcache.learning.sources.huggingface import HubImages
+from kdcache.learning.sources.huggingface import hub_images
 from kdcache.learning.sources.source import bytes_key
 from kdcache.records.errors import SpecError, UnreadableSampleError
 from kdcache.records.specs import Spec
@@ -158,7 +158,7 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     columns = {"image": [{"bytes": row, "path": path} for row, path in zip(rows, paths, strict=True)], "label": [0, 0, 1, 1]}
     (tmp_path / "gone.png").write_bytes(encoded(picture(9)))
     source = hf.Dataset.from_dict(columns, features=features)
-    hub = HubImages(source.cast_column("image", hf.Image(decode=False)), "image", np.array([0, 0, 1, 1]), range(2))
+    hub = hub_images(source.cast_column("image", hf.Image(decode=False)), "image", np.array([0, 0, 1, 1]), range(2))
     assert np.array_equal(hub[2][0].permute(1, 2, 0).numpy(), np.asarray(picture(9)))
     (tmp_path / "gone.png").unlink()
     for row, message in ((1, "row 1 cannot be read"), (2, "row 2 .*gone.png. cannot be read"), (3, "row 3 .*names no local file")):

@@ -13,7 +13,7 @@ import torch
 from replaying import SHAPE, another_process, digests, keeps_random_states, noise_image, views_from
 from torchvision.transforms import v2
 
-from kdcache.learning.operations import DETERMINISTIC, MAX_DEPTH, REFUSED, Operation, build_operations, make_end, try_operations
+from kdcache.learning.operations import DETERMINISTIC, MAX_DEPTH, REFUSED, End, Operation, build_operations, try_operations
 from kdcache.records.errors import SpecError
 
 NUM_VIEWS = 12
@@ -245,14 +245,14 @@ def test_nesting_has_a_bound() -> None:
 
 def test_end_is_a_function_of_the_image_alone() -> None:
     """A network's own end brings images to its size, draws nothing, and says the size beforehand."""
-    end = make_end([{"op": "Resize", "size": [40, 48], "interpolation": "bicubic"}, {"op": "CenterCrop", "size": [32, 32]}])
+    end = End([{"op": "Resize", "size": [40, 48], "interpolation": "bicubic"}, {"op": "CenterCrop", "size": [32, 32]}])
     before = torch.get_rng_state()
     made = end(noise_image())
     assert torch.equal(made, end(noise_image()))
     assert torch.equal(torch.get_rng_state(), before)
     assert tuple(made.shape) == end.output_shape(SHAPE) == (3, 32, 32)
     image = noise_image()
-    assert make_end([])(image) is image
+    assert End([])(image) is image
 
 
 @pytest.mark.parametrize(
@@ -261,4 +261,4 @@ def test_end_is_a_function_of_the_image_alone() -> None:
 def test_end_refuses_what_draws(operation: Operation) -> None:
     """Chance belongs to what teacher and students share."""
     with pytest.raises(SpecError, match="not among the operations that one network may have for itself: CenterCrop"):
-        make_end([operation])
+        End([operation])

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from kdcache.learning.datasets import IN_MEMORY, Dataset, open_dataset, wrap_dataset
 from kdcache.learning.loader import Inputs, Labels, ViewLoader
-from kdcache.learning.samples import End, ViewedSamples
+from kdcache.learning.operations import End
+from kdcache.learning.samples import ViewedSamples
 from kdcache.learning.schedule import ViewOrder, ViewSchedule
 from kdcache.learning.sources.source import MapDataset
 from kdcache.learning.views import SeededViews, library_versions

@@ -79,11 +79,6 @@ class End:
         return channels, height, width
 
 
-def make_end(operations: Sequence[Operation]) -> End:
-    """A network's own end, from plain data; see `End`."""
-    return End(operations)
-
-
 def build_operations(operations: Sequence[Operation]) -> list[v2.Transform]:
     """Operations in order.
 

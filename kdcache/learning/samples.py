@@ -1,6 +1,6 @@
 """A dataset's samples as a network sees them: view, mix, and the network's own end, from (row, view number) alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +12,9 @@ from torch import Tensor
 
 from kdcache.learning.datasets import Dataset
 from kdcache.learning.mixing import Mixing, mix_images
-from kdcache.learning.operations import make_end
+from kdcache.learning.operations import End
 from kdcache.learning.views import SeededViews
 from kdcache.records.errors import KdcacheError, MismatchError, SpecError
-
-End = Callable[[Tensor], Tensor]
-"""What one network's images go through after the shared views: no random choices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +42,7 @@ SHOWN = 0.875
 
 def resize_end(size: tuple[int, int]) -> End:
     """A student's own end: the shared view at another size, height and width."""
-    return make_end([{"op": "Resize", "size": list(size), "antialias": True}])
+    return End([{"op": "Resize", "size": list(size), "antialias": True}])
 
 
 class EvaluationEnd:
@@ -61,7 +58,7 @@ class EvaluationEnd:
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
         self._larger, self._smaller = (
-            make_end([{"op": "Resize", "size": [side], "antialias": True}, {"op": "CenterCrop", "size": list(size)}])
+            End([{"op": "Resize", "size": [side], "antialias": True}, {"op": "CenterCrop", "size": list(size)}])
             for side in (round(max(size) / SHOWN), max(size))
         )
 
@@ -87,7 +84,8 @@ class ViewedSamples:
     """
 
     def __init__(self, dataset: Dataset, views: SeededViews, *, end: End | None = None, partners: NDArray[np.uint8] | None = None) -> None:
-        self.dataset, self.views, self.end = dataset, views, end
+        self.dataset, self.views = dataset, views
+        self.end = end if end and end.operations else None  # samples that are no images have none
         record = views.record
         self.mixing = record.mixing and Mixing(record.mixing, seed=record.seed, keys=dataset.keys if partners is None else partners)
         if self.mixing:

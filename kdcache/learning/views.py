@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcache.learning.augmentations import read_augmentation
 from kdcache.learning.enumeration import Enumeration, enumerate_views
-from kdcache.learning.operations import build_operations, make_end, require_image, try_end, try_operations
+from kdcache.learning.operations import End, build_operations, require_image, try_end, try_operations
 from kdcache.learning.sources.source import Sample
 from kdcache.records.errors import ConfigError, SpecError
 from kdcache.records.hashing import stable_integer
@@ -149,7 +149,7 @@ def _try_out(augment: str, record: ViewsRecord, image_shape: tuple[int, int, int
     """Refuses now, and not in the middle of a dump, what does not make one repeatable image of an image."""
     noise = torch.randint(0, 256, image_shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
-        end = make_end(record.teacher_end)
+        end = End(record.teacher_end)
         try_operations(record.pipeline, noise)
         views = SeededViews(record, image_shape=image_shape)
         made = [views(noise, b"", view) for view in range(min(TRIALS, views.num_all or TRIALS))]

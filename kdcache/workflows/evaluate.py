@@ -15,7 +15,7 @@ from kdcache.learning.augmentations import read_size
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import stack_images, to_unit_range
-from kdcache.learning.samples import End, EvaluationEnd
+from kdcache.learning.samples import EvaluationEnd
 from kdcache.learning.teachers import Ensemble, Source, load_teachers
 from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.records.progress import Progress, Silent
@@ -131,7 +131,7 @@ def predict(
     return torch.cat(logits), torch.cat(labels)
 
 
-def _collate(samples: Sequence[tuple[Tensor, int]], *, end: End | None) -> tuple[Tensor, Tensor]:
+def _collate(samples: Sequence[tuple[Tensor, int]], *, end: EvaluationEnd | None) -> tuple[Tensor, Tensor]:
     images = [image if end is None else end(image) for image, _ in samples]
     return stack_images(images, advice="say which the network takes: --input-size 224"), torch.tensor([label for _, label in samples])
 

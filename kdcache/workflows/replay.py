@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcache.learning.cache import Cache, Joined
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import open_dataset
-from kdcache.learning.operations import make_end
+from kdcache.learning.operations import End
 from kdcache.learning.teachers import Ensemble, Source
 from kdcache.records.errors import ConfigError, MismatchError
 from kdcache.records.hashing import stable_integer
@@ -90,7 +90,7 @@ def replay(
     recipe, manifest = opened.manifest.recipe, opened.manifest
     spec = Spec.parse(data or manifest.provenance.dataset_spec)
     dataset = open_dataset(spec, trusted=data is not None, skipped=manifest.provenance.skipped)
-    joined = opened.join(dataset, end=make_end(recipe.views.teacher_end))
+    joined = opened.join(dataset, end=End(recipe.views.teacher_end))
     loaded = load_for(dataset, teacher, arch=arch, ensemble=cast(Ensemble, recipe.teacher.ensemble or "logits"))
     torch_device = resolve_device(device)
     running = Teacher(

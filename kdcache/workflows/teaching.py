@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdcache.learning.checkpoints import LoadedModel
 from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import channels_last, stack_images, to_unit_range
-from kdcache.learning.operations import make_end
+from kdcache.learning.operations import End
 from kdcache.learning.samples import ViewedSamples
 from kdcache.learning.teachers import Ensemble, Source
 from kdcache.learning.views import make_views
@@ -161,7 +161,7 @@ def open_teacher(
     torch_device = resolve_device(device)
     arithmetic = arithmetic_of(loaded, precision, torch_device)
     views = make_views(augment, seed=seed, image_shape=dataset.sample_shape, enumerated=enumerated)
-    samples = ViewedSamples(dataset, views, end=make_end(views.record.teacher_end) if views.record.teacher_end else None)
+    samples = ViewedSamples(dataset, views, end=End(views.record.teacher_end))
     return Teacher(samples, loaded.model, batch_size=batch_size, precision=arithmetic, device=torch_device), loaded
 
 

@@ -13,7 +13,8 @@ from kdcache.learning.datasets import Dataset, open_dataset
 from kdcache.learning.loader import Batch
 from kdcache.learning.losses import Tail, check_weights, distillation_loss
 from kdcache.learning.models import resolve_model_spec
-from kdcache.learning.samples import End, ViewedSamples, resize_end
+from kdcache.learning.operations import End
+from kdcache.learning.samples import ViewedSamples, resize_end
 from kdcache.learning.schedule import ViewOrder
 from kdcache.records.errors import ConfigError
 from kdcache.records.hashing import sha256_file

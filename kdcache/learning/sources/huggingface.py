@@ -1,6 +1,7 @@
 """`hf:NAME`: map-style datasets of Hugging Face, images or text; by name, or from a folder that `save_to_disk` wrote."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kdcache.learning.sources.images import decode_rgb, unreadable
+from kdcache.learning.sources.encoded import EncodedImages
+from kdcache.learning.sources.images import unreadable
 from kdcache.learning.sources.labels import LABEL_OPTIONS, read_labels
-from kdcache.learning.sources.source import Keys, Labels, Rows, as_keys, bytes_key, sample_key
+from kdcache.learning.sources.source import Keys, Labels, Rows, as_keys, sample_key
 from kdcache.records.errors import SpecError
 from kdcache.records.specs import Spec
 
@@ -25,43 +27,30 @@ DEFAULT_LENGTH = 128
 ROWS_AT_A_TIME = 1024
 
 
-class HubImages:
-    """A column of images, decoded as in a folder."""
+def hub_images(dataset: Any, column: str, labels: Labels, classes: object) -> EncodedImages:
+    """A column of images, not decoded by the dataset.
 
-    def __init__(self, dataset: Any, column: str, labels: Labels, classes: object) -> None:
-        self._dataset, self._column, self._labels, self.classes = dataset, column, labels, classes
+    Args:
+        dataset: The rows.
+        column: Which column.
+        labels: Their labels, [rows].
+        classes: Names or numbers of the classes.
+    """
+    return EncodedImages(partial(_encoded, dataset, column), labels, classes)
 
-    def __len__(self) -> int:
-        return len(self._labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode_rgb(self._bytes(index), name=f"row {index}"), int(self._labels[index])
-
-    def sample_keys(self, rows: Rows) -> Keys:
-        """BLAKE2b of the encoded images, the same keys as in a folder of them."""
-        return as_keys([bytes_key(self._bytes(row)) for row in rows.tolist()])
-
-    def sample_labels(self, rows: Rows) -> Labels:
-        """The labels of some rows."""
-        labels: Labels = self._labels[rows]
-        return labels
-
-    def sample_name(self, row: int) -> None:  # noqa: ARG002
-        """None: a sample is known by its row."""
-        return
-
-    def _bytes(self, row: int) -> bytes:
-        """The encoded image: from the dataset itself, or from the local file that it names."""
-        image = self._dataset[row][self._column] or {}
-        if image.get("bytes"):
-            return bytes(image["bytes"])
-        path = image.get("path")
-        if not path or "://" in path:
-            raise unreadable(f"row {row}", "it has no bytes and names no local file")
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            raise unreadable(f"row {row} ({path})", error.strerror or error) from error
+def _encoded(dataset: Any, column: str, row: int) -> bytes:
+    """The encoded image: from the dataset itself, or from the local file that it names."""
+    image = dataset[row][column] or {}
+    if image.get("bytes"):
+        return bytes(image["bytes"])
+    path = image.get("path")
+    if not path or "://" in path:
+        raise unreadable(f"row {row}", "it has no bytes and names no local file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise unreadable(f"row {row} ({path})", error.strerror or error) from error
 
 
 class HubTexts:
@@ -114,7 +103,7 @@ class HubTexts:
         return list(torch.tensor(filled, dtype=torch.int64))
 
 
-def open_huggingface(spec: Spec, *, trusted: bool) -> HubImages | HubTexts:
+def open_huggingface(spec: Spec, *, trusted: bool) -> EncodedImages | HubTexts:
     """Opens a dataset of Hugging Face.
 
     Args:
@@ -140,7 +129,7 @@ def open_huggingface(spec: Spec, *, trusted: bool) -> HubImages | HubTexts:
     image = _image_column(spec, dataset)
     labels, classes = _labels(spec, dataset, label)
     images = dataset.select_columns([image]).cast_column(image, _require("datasets").Image(decode=False))
-    return HubImages(images, image, labels, classes)
+    return hub_images(images, image, labels, classes)
 
 
 def is_saved(spec: Spec) -> bool:

@@ -1,5 +1,6 @@
 """`parquet:PATH` and `csv:PATH`: a row is a sample, of numeric columns as features or of an image; the table is kept in memory."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from kdcache.learning.sources.images import decode_rgb, unreadable
+from kdcache.learning.sources.encoded import EncodedImages
+from kdcache.learning.sources.images import unreadable
 from kdcache.learning.sources.labels import LABEL_OPTIONS, listed, read_labels
-from kdcache.learning.sources.source import Keys, Labels, Rows, as_keys, bytes_key, sample_key
+from kdcache.learning.sources.source import Keys, Labels, Rows, as_keys, sample_key
 from kdcache.records.errors import SpecError
 from kdcache.records.specs import Spec
 
@@ -49,45 +51,7 @@ class FeatureTable:
         return
 
 
-class ImageTable:
-    """A column of encoded images.
-
-    Args:
-        images: Their bytes.
-        labels: Their labels, [rows].
-        classes: Names or numbers of the classes.
-    """
-
-    def __init__(self, images: pa.ChunkedArray, labels: Labels, classes: object) -> None:
-        self._images, self._labels, self.classes = images, labels, classes
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode_rgb(self._bytes(index), name=f"row {index}"), int(self._labels[index])
-
-    def sample_keys(self, rows: Rows) -> Keys:
-        """BLAKE2b of the encoded images, the same keys as in a folder of them."""
-        return as_keys([bytes_key(self._bytes(row)) for row in rows.tolist()])
-
-    def sample_labels(self, rows: Rows) -> Labels:
-        """The labels of some rows."""
-        labels: Labels = self._labels[rows]
-        return labels
-
-    def sample_name(self, row: int) -> None:  # noqa: ARG002
-        """None: a sample is known by its row."""
-        return
-
-    def _bytes(self, row: int) -> bytes:
-        data: bytes | None = self._images[row].as_py()
-        if data is None:
-            raise unreadable(f"row {row}", "it has no bytes")
-        return data
-
-
-def open_table(spec: Spec) -> FeatureTable | ImageTable:
+def open_table(spec: Spec) -> FeatureTable | EncodedImages:
     """Opens a table.
 
     Args:
@@ -105,7 +69,7 @@ def open_table(spec: Spec) -> FeatureTable | ImageTable:
     label = str(spec.options.get("label", "label"))
     labels, classes = read_labels(spec, _column(spec, table, label, option="label"), name=label)
     if "image" in spec.options:
-        return ImageTable(_image_bytes(spec, table), labels, classes)
+        return EncodedImages(partial(_encoded, _image_bytes(spec, table)), labels, classes)
     return FeatureTable(_features(spec, table, label), labels, classes)
 
 
@@ -163,6 +127,13 @@ def _feature(spec: Spec, column: pa.ChunkedArray, name: str) -> Float32[np.ndarr
             f"{spec}: row {bad[0]} has no finite number in the column {name!r} ({len(bad)} rows in all); fill or leave them out"
         )
     return feature
+
+
+def _encoded(images: pa.ChunkedArray, row: int) -> bytes:
+    data: bytes | None = images[row].as_py()
+    if data is None:
+        raise unreadable(f"row {row}", "it has no bytes")
+    return data
 
 
 def _image_bytes(spec: Spec, table: pa.Table) -> pa.ChunkedArray:
